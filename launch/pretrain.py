@@ -1,0 +1,67 @@
+"""Pretrains a trunk: `deepspeed launch/pretrain.py --recipe demo --deepspeed_config FILE`.
+
+Runs the same under deepspeed, torchrun and plain python, on CPU (gloo) and GPU (nccl).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a clone works without installing the package
+
+from seer_scale.ds_config import load_ds_config, resolve_ds_config  # noqa: E402
+from seer_scale.errors import UserError, exit_with  # noqa: E402
+from seer_scale.recipe import Arguments, parse  # noqa: E402
+
+
+def run(arguments: Arguments) -> bool:
+    """Checks everything that can be checked, then trains; whether the last step was reached."""
+    config = arguments.config
+    ds_config = None
+    if config.sharding.deepspeed_config is not None:
+        path = Path(config.sharding.deepspeed_config)
+        ds_config = resolve_ds_config(
+            load_ds_config(path),
+            path=path,
+            config=config,
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+    # torch is first imported here: a mistyped key above is answered at once.
+    from seer_scale.data import open_source
+    from seer_scale.models.regnet import trunk_config
+    from seer_scale.objectives import check_options
+    from seer_scale.parallel import distributed
+    from seer_scale.trainer import Trainer, choose_checkpoint
+
+    trunk_config(config.model.trunk)
+    crops = sum(config.data.crop_counts)
+    check_options(config.objective.name, config.objective.options, crops=crops)
+    resume = choose_checkpoint(arguments.resume, Path(config.run.dir))
+    source = open_source(config.data.path)
+
+    device = distributed.init()
+    trainer = Trainer(config, ds_config=ds_config, source=source, resume=resume, device=device)
+    status = "FAILED"
+    try:
+        done = trainer.train()
+        status = "FINISHED" if done else "KILLED"
+    finally:
+        trainer.close(status)
+    distributed.shutdown()
+    return done
+
+
+def main() -> None:
+    """The command line; a user's mistake is one sentence and a non-zero status."""
+    try:
+        run(parse(sys.argv[1:], recipes=ROOT / "launch" / "recipes"))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The typed, frozen, strict configuration of a run: one owner for every number.
+
+Sections are plain data; numbers that follow from others (global batch, learning rates) are
+functions elsewhere and never written back. Nothing here imports torch, so that `--help` and a
+mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+TRUNK_STRIDE = 32  # a smaller crop would leave no pixel for the last stage
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# YAML has lists only: the outer container is converted, what is inside stays strict.
+PositiveInts = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
+CropSizes = Annotated[
+    tuple[Annotated[int, Field(ge=TRUNK_STRIDE)], ...], Strict(False), Field(min_length=1)
+]
+Scale = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
+Scales = Annotated[tuple[Scale, ...], Strict(False), Field(min_length=1)]
+BlockGroups = Annotated[tuple[Annotated[tuple[Positive, ...], Strict(False)], ...], Strict(False)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    dir: Text = Field(description="folder of this run")
+    seed: NonNegative = Field(0, description="seed of initial values, sample order, augmentation")
+    log_samples: bool = Field(False, description="write every step's sample ids to samples.jsonl")
+
+
+class TrainSection(Section):
+    steps: Positive = Field(description="optimizer steps of the whole run")
+    micro_batch_size: Positive = Field(description="images per rank and forward pass")
+    gradient_accumulation: Positive = Field(
+        1, description="micro-batches per step; codes are still computed on one micro-batch"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of convolutions and matrix products; the state is always float32"
+    )
+
+
+class ModelSection(Section):
+    trunk: Text = Field(description="name in seer_scale.models.TRUNKS")
+    head_dims: PositiveInts = Field(
+        description="widths of the projection head after the trunk, e.g. [8192, 8192, 256]"
+    )
+    head_batch_norm: bool = Field(
+        False, description="BatchNorm after every hidden layer of the head"
+    )
+    prototypes: Annotated[int, Field(ge=2)] = Field(description="number of prototypes K")
+
+    @model_validator(mode="after")
+    def _batch_norm_has_a_place(self) -> Self:
+        if self.head_batch_norm and len(self.head_dims) == 1:
+            raise ValueError(
+                f"model.head_batch_norm is true, but a head of model.head_dims "
+                f"{list(self.head_dims)} has no hidden layer to put BatchNorm after: add a width, "
+                f"or set model.head_batch_norm=false"
+            )
+        return self
+
+
+class ObjectiveSection(BaseModel):
+    """`name` and the keyword arguments of that objective's constructor, checked against it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    name: Text = Field("swav", description="swav, simclr or an installed plug-in")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The objective's own keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class OptimSection(Section):
+    base_lr: PositiveFloat = Field(0.3, description="learning rate per 256 images of global batch")
+    lr: PositiveFloat | None = Field(
+        None, description="peak learning rate; null means base_lr * global batch / 256"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    weight_decay: NonNegativeFloat = Field(
+        1e-5, description="on every tensor, BatchNorm and biases too"
+    )
+    larc: bool = Field(True, description="scale each tensor's update by LARC (clip off)")
+    trust_coefficient: PositiveFloat = Field(1e-3, description="LARC's trust coefficient")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_steps: NonNegative = Field(
+        0, description="linear warm-up, from base_lr * node batch / 256"
+    )
+    end_lr_ratio: Fraction = Field(
+        1e-3, description="last learning rate of cosine, as a share of the peak"
+    )
+    freeze_prototypes_steps: NonNegative = Field(
+        313, description="first steps in which the prototypes do not move"
+    )
+
+
+class ShardingSection(Section):
+    strategy: Literal["ddp", "zero"] = Field(
+        "ddp", description="zero needs --deepspeed_config and is implied by it"
+    )
+    deepspeed_config: Text | None = Field(None, description="path given as --deepspeed_config")
+    activation_checkpointing: Literal["none", "full", "groups"] = Field(
+        "none", description="recompute no block, every block, or groups of blocks"
+    )
+    checkpoint_groups: BlockGroups | None = Field(
+        None,
+        description="for groups: per stage the ends of its groups of blocks, "
+        "e.g. [[2], [7], [9, 17], []]; a stage with none is not recomputed",
+    )
+    sync_bn_group_size: Annotated[int, Field(ge=-1)] = Field(
+        0, description="ranks that share BatchNorm statistics: 0 all, -1 a node, n groups of n"
+    )
+
+    @model_validator(mode="after")
+    def _strategy_matches_its_options(self) -> Self:
+        if self.strategy == "zero" and self.deepspeed_config is None:
+            raise ValueError(
+                "sharding.strategy is zero, but no DeepSpeed config is given: add "
+                "--deepspeed_config FILE, e.g. ds_configs/zero2.json"
+            )
+        if self.strategy != "zero" and self.deepspeed_config is not None:
+            raise ValueError(
+                f"sharding.strategy is {self.strategy}, but sharding.deepspeed_config is "
+                f"{self.deepspeed_config!r}, which only strategy zero reads: leave out "
+                f"one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_match_the_mode(self) -> Self:
+        mode, groups = self.activation_checkpointing, self.checkpoint_groups
+        if mode == "groups" and groups is None:
+            raise ValueError(
+                "sharding.activation_checkpointing is groups, but sharding.checkpoint_groups is "
+                "not given: name the groups of each stage, e.g. [[2], [7], [9, 17], []]"
+            )
+        if mode != "groups" and groups is not None:
+            raise ValueError(
+                f"sharding.checkpoint_groups is {_lists(groups)}, but "
+                f"sharding.activation_checkpointing is {mode}: set it to groups, or "
+                f"sharding.checkpoint_groups=null"
+            )
+        for ends in groups or ():
+            if list(ends) != sorted(set(ends)):
+                raise ValueError(
+                    f"sharding.checkpoint_groups is {_lists(groups)}, but the ends "
+                    f"{list(ends)} of one stage do not ascend"
+                )
+        return self
+
+
+class DataSection(Section):
+    path: Text = Field(description="an image folder, a tar shard, a folder or a pattern of shards")
+    crop_sizes: CropSizes = Field(description="pixels, one per resolution, e.g. [224, 96]")
+    crop_counts: PositiveInts = Field(description="crops per resolution, e.g. [2, 4]")
+    crop_scales: Scales = Field(
+        ((0.14, 1.0), (0.05, 0.14)), description="smallest and largest share of the image's area"
+    )
+    color_distortion: NonNegativeFloat = Field(1.0, description="strength of colour jitter")
+    blur_probability: Fraction = Field(0.5, description="Gaussian blur, radius 0.1 to 2 pixels")
+    workers: NonNegative = Field(4, description="loader processes per rank")
+
+    @model_validator(mode="after")
+    def _crops_fit_together(self) -> Self:
+        if not len(self.crop_sizes) == len(self.crop_counts) == len(self.crop_scales):
+            raise ValueError(
+                f"data.crop_sizes, data.crop_counts and data.crop_scales need one entry per "
+                f"resolution each, but have {len(self.crop_sizes)} ({list(self.crop_sizes)}), "
+                f"{len(self.crop_counts)} ({list(self.crop_counts)}) and "
+                f"{len(self.crop_scales)} ({_lists(self.crop_scales)})"
+            )
+        for low, high in self.crop_scales:
+            if not low < high <= 1:
+                raise ValueError(
+                    f"data.crop_scales holds [{low}, {high}], but a scale is [smallest, largest] "
+                    f"with 0 < smallest < largest <= 1"
+                )
+        if sum(self.crop_counts) < 2:
+            raise ValueError(
+                f"data.crop_counts is {list(self.crop_counts)}, but an image needs at least 2 "
+                f"crops, since the objective compares one with another"
+            )
+        return self
+
+
+class CheckpointSection(Section):
+    every: Positive = Field(1000, description="steps between checkpoints; the last step is saved")
+    keep: Positive = Field(2, description="newest checkpoints that stay")
+
+
+class TrackingSection(Section):
+    enabled: bool = Field(True, description="send the run to MLflow")
+    uri: Text | None = Field(
+        None, description="MLflow server; null means MLFLOW_TRACKING_URI or sqlite:///mlflow.db"
+    )
+    experiment: Text = Field("seer-scale", description="MLflow experiment")
+    registered_name: Text | None = Field(None, description="MLflow registered model")
+    log_models: bool = Field(True, description="log every kept checkpoint's trunk as a model")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU figures of rank 0's node")
+
+
+class RunConfig(Section):
+    """Everything a run depends on, resolved; written to `config.yaml` beside its results."""
+
+    recipe: Text = Field(description="name of the recipe this run started from")
+    run: RunSection
+    train: TrainSection
+    model: ModelSection
+    objective: ObjectiveSection
+    optim: OptimSection
+    sharding: ShardingSection
+    data: DataSection
+    checkpoint: CheckpointSection
+    tracking: TrackingSection
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_the_run(self) -> Self:
+        if self.optim.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, but train.steps is "
+                f"{self.train.steps}: the warm-up must end before the run does"
+            )
+        return self
+
+
+def _lists(rows: tuple[tuple[Any, ...], ...] | None) -> list[list[Any]]:
+    return [list(row) for row in rows or ()]

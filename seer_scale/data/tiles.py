@@ -1,0 +1,215 @@
+"""Real training data without a download: tiles of photographs that two packages carry.
+
+scikit-image and scikit-learn hold photographs in their wheels. Tiles are cut at random places and
+scales; the label of a tile is its photograph. Training tiles come from the left part of each
+photograph and query tiles from the rest, so that no pixel of a query was ever seen.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from seer_scale.errors import DataError
+
+PHOTOGRAPHS = (
+    ("skimage.data", "astronaut.png"),
+    ("skimage.data", "brick.png"),
+    ("skimage.data", "camera.png"),
+    ("skimage.data", "chelsea.png"),
+    ("skimage.data", "coffee.png"),
+    ("skimage.data", "coins.png"),
+    ("skimage.data", "grass.png"),
+    ("skimage.data", "gravel.png"),
+    ("skimage.data", "hubble_deep_field.jpg"),
+    ("skimage.data", "moon.png"),
+    ("skimage.data", "motorcycle_left.png"),
+    ("skimage.data", "retina.jpg"),
+    ("skimage.data", "rocket.jpg"),
+    ("sklearn.datasets.images", "china.jpg"),
+    ("sklearn.datasets.images", "flower.jpg"),
+)
+"""Package and file; the position is the label."""
+
+TRAIN_SHARE = 0.6
+TILE_SIDES = (64, 384)
+_SETTINGS_FILE = "tiles.json"
+_SHARD_TILES = 1000
+
+Region = tuple[int, int, int, int]
+"""Left, top, right, bottom."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Folders of shards, each a `data.path`: for pretraining, for a kNN's bank, and its queries."""
+
+    train: Path
+    knn_train: Path
+    knn_test: Path
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the bytes of the tiles follow from."""
+
+    train_per_photograph: int
+    bank_per_photograph: int
+    queries_per_photograph: int
+    size: int
+    seed: int
+    photographs: tuple[str, ...] = tuple(name for _, name in PHOTOGRAPHS)
+
+
+def write_tiles(
+    folder: str | os.PathLike[str],
+    *,
+    train_per_photograph: int = 160,
+    bank_per_photograph: int = 60,
+    queries_per_photograph: int = 40,
+    size: int = 96,
+    seed: int = 0,
+) -> Tiles:
+    """Writes `train/`, `knn_train/` and `knn_test/` shards of JPEG tiles below `folder`, once.
+
+    The folder appears complete or not at all; one that is complete is left as it is.
+
+    Args:
+        folder: has to be missing, or written by an earlier call with the same settings.
+        train_per_photograph: unlabelled use; tiles from the left part of each photograph.
+        bank_per_photograph: labelled tiles from the same part.
+        queries_per_photograph: labelled tiles from the right part.
+        size: side of a tile in pixels.
+        seed: of places and scales.
+
+    Raises:
+        DataError: the folder holds something else, or cannot be written.
+    """
+    target = Path(folder)
+    settings = _Settings(
+        train_per_photograph, bank_per_photograph, queries_per_photograph, size, seed
+    )
+    tiles = Tiles(target / "train", target / "knn_train", target / "knn_test")
+    if target.exists():
+        _check_written(target, settings)
+        return tiles
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise DataError(f"tiles cannot be written to {target}: {error}") from error
+    try:
+        _write_all(unfinished, settings)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(target)
+        except OSError:  # another process was faster
+            _check_written(target, settings)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return tiles
+
+
+def load_photographs() -> list[Image.Image]:
+    """The photographs as RGB images, in the order of their labels.
+
+    Raises:
+        DataError: scikit-image or scikit-learn is missing, or came without its photographs.
+    """
+    images = []
+    for package, name in PHOTOGRAPHS:
+        try:
+            with (files(package) / name).open("rb") as file:
+                images.append(Image.open(file).convert("RGB"))
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise DataError(
+                f"photograph {name} is not installed with {package}: the demo's tiles need"
+                " scikit-image and scikit-learn"
+            ) from error
+    return images
+
+
+def regions(image: Image.Image) -> tuple[Region, Region]:
+    """Where training and query tiles may lie; they share no pixel."""
+    border = round(image.width * TRAIN_SHARE)
+    return (0, 0, border, image.height), (border, 0, image.width, image.height)
+
+
+def _check_written(target: Path, settings: _Settings) -> None:
+    try:
+        found = json.loads((target / _SETTINGS_FILE).read_text())
+    except (OSError, ValueError):
+        found = None
+    if found != json.loads(_dump(settings)):
+        raise DataError(
+            f"{target} exists but does not hold the tiles asked for: remove it or name another"
+            " folder"
+        )
+
+
+def _dump(settings: _Settings) -> str:
+    return json.dumps(asdict(settings), indent=1)
+
+
+def _write_all(folder: Path, settings: _Settings) -> None:
+    photographs = load_photographs()
+    splits = (
+        ("train", settings.train_per_photograph, 0),
+        ("knn_train", settings.bank_per_photograph, 0),
+        ("knn_test", settings.queries_per_photograph, 1),
+    )
+    for number, (name, count, region) in enumerate(splits):
+        samples: list[dict[str, bytes]] = []
+        for label, image in enumerate(photographs):
+            rng = np.random.default_rng((settings.seed, number, label))
+            for box in _boxes(rng, regions(image)[region], count):
+                tile = _encode(image, box, settings.size)
+                about = {"photograph": PHOTOGRAPHS[label][1], "box": box}
+                samples.append(
+                    {"cls": b"%d" % label, "jpg": tile, "json": json.dumps(about).encode()}
+                )
+        _write_shards(folder / name, samples)
+    (folder / _SETTINGS_FILE).write_text(_dump(settings))
+
+
+def _boxes(rng: np.random.Generator, region: Region, count: int) -> Iterator[Region]:
+    """Squares inside `region`, their sides uniform in the logarithm."""
+    left, top, right, bottom = region
+    low, high = TILE_SIDES[0], min(TILE_SIDES[1], right - left, bottom - top)
+    for _ in range(count):
+        side = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+        x = int(rng.integers(left, right - side, endpoint=True))
+        y = int(rng.integers(top, bottom - side, endpoint=True))
+        yield x, y, x + side, y + side
+
+
+def _encode(image: Image.Image, box: Region, size: int) -> bytes:
+    tile = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    tile.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _write_shards(folder: Path, samples: list[dict[str, bytes]]) -> None:
+    """WebDataset shards whose bytes depend on nothing but the samples: no times, no owners."""
+    folder.mkdir()
+    for first in range(0, len(samples), _SHARD_TILES):
+        shard = folder / f"{first // _SHARD_TILES:06d}.tar"
+        with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, sample in enumerate(samples[first : first + _SHARD_TILES], first):
+                for ending, content in sample.items():
+                    member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))

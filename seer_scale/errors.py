@@ -1,0 +1,48 @@
+"""Mistakes that a user can mend: one sentence each, an exit status, no traceback.
+
+Everything else (a bug, a broken machine) stays an ordinary exception with its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake outside the program; its message is the whole sentence the user sees."""
+
+    exit_status = 1
+
+
+class ConfigError(UserError):
+    """A wrong key, value or combination; found before any process group or model exists."""
+
+    exit_status = 2
+
+
+class DataError(UserError):
+    """Training data that is missing, empty or unreadable."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, half written or belongs to another model."""
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Prints the sentence on standard error and leaves with the error's status.
+
+    Ranks usually find the same mistake at the same time. The others give rank 0 a moment to say it
+    for all and are ended by the launcher meanwhile; a mistake that only they see, they say.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        print(f"[rank {rank}] ", end="", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # Not sys.exit: threads of a process group that other ranks still wait in would hold it up.
+    os._exit(error.exit_status)

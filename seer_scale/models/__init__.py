@@ -1,0 +1,14 @@
+"""The model zoo: plain torch modules that know nothing of processes, objectives or configs."""
+
+from seer_scale.models.initialise import initialise
+from seer_scale.models.multicrop import MultiCropModel, build_model
+from seer_scale.models.regnet import TRUNKS, RegNetConfig, build_trunk
+
+__all__ = [
+    "TRUNKS",
+    "MultiCropModel",
+    "RegNetConfig",
+    "build_model",
+    "build_trunk",
+    "initialise",
+]

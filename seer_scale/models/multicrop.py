@@ -1,0 +1,78 @@
+"""Trunk, projection head and prototypes as one module with a single forward over all crops.
+
+A single forward is what every sharding strategy wraps. Crops of one resolution go through the
+trunk together, so BatchNorm statistics are those of a resolution, as in SwAV and SEER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from seer_scale.models.heads import ProjectionHead, Prototypes
+from seer_scale.models.regnet import RegNet, trunk_config
+
+
+class MultiCropModel(nn.Module):
+    """The network that is pretrained; it knows no objective and no other process."""
+
+    def __init__(self, trunk: RegNet, head: ProjectionHead, prototypes: Prototypes) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.prototypes = prototypes
+
+    def forward(
+        self, crops: Sequence[Tensor], queue: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One trunk pass per resolution, one head pass over all crops.
+
+        Args:
+            crops: a tensor per resolution, [count * B, 3, size, size], crop-major: all images'
+                first crop, then all images' second crop.
+            queue: embeddings [R, D] of earlier batches to be scored too.
+
+        Returns:
+            embeddings [crops * B, D] with unit rows, and scores [crops * B + R, K], the queue's
+            last.
+        """
+        features = torch.cat([self.trunk(batch) for batch in crops])  # [crops * B, C]
+        embeddings = self.head(features)
+        scored = embeddings if queue is None else torch.cat([embeddings, queue])
+        return embeddings, self.prototypes(scored)
+
+    def blocks(self) -> list[list[nn.Module]]:
+        """The trunk's residual blocks, stage by stage."""
+        return self.trunk.blocks()
+
+
+def build_model(
+    trunk: str,
+    *,
+    head_dims: Sequence[int],
+    head_batch_norm: bool,
+    prototypes: int,
+    device: torch.device | str | None = None,
+) -> MultiCropModel:
+    """Constructs the model only: the caller owes it values, by `initialise` or a checkpoint.
+
+    Sharding needs the model before its values exist, so none that count are drawn here.
+
+    Args:
+        trunk: key of `TRUNKS`.
+        head_dims: width of every layer of the projection head.
+        head_batch_norm: BatchNorm in the head's hidden layers.
+        prototypes: number of prototypes K.
+        device: where the tensors are made, "meta" for none; torch's default device unless given.
+
+    Raises:
+        ConfigError: if `trunk` is unknown.
+    """
+    config = trunk_config(trunk)
+    with nullcontext() if device is None else torch.device(device):
+        regnet = RegNet(config)
+        head = ProjectionHead(regnet.width, head_dims, head_batch_norm)
+        return MultiCropModel(regnet, head, Prototypes(head_dims[-1], prototypes))

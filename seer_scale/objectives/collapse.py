@@ -1,0 +1,79 @@
+"""Signs of collapse, the usual way for self-supervised training to fail: named, then in words.
+
+A collapsed trunk gives every image the same embedding; the loss then stays where guessing is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from seer_scale.parallel.distributed import all_reduce
+
+NEAR_GUESSING = 1e-3  # relative distance of the loss from ln K
+SMALL_STD = 0.01  # cosine of two images above 0.9999
+SMALL_USAGE = 0.1  # 16000 prototypes used like 3
+
+REMEDIES = (
+    "a smaller epsilon (0.03), a lower learning rate, prototypes frozen for more steps, "
+    "a larger batch or a queue"
+)
+
+
+@torch.no_grad()
+def embedding_std(embeddings: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Spread of unit embeddings [N, D]: about 1 if in all directions, 0 if all are the same.
+
+    It is sqrt(D) times the standard deviation over the rows of all ranks, averaged over the D
+    dimensions. One all-reduce.
+    """
+    wide = embeddings.double()  # the variance of a collapse is a difference of near equals
+    count = wide.new_full((1,), wide.shape[0])
+    sums = all_reduce(torch.cat([wide.sum(dim=0), wide.square().sum(dim=0), count]), "sum", group)
+    dim = wide.shape[1]
+    mean, mean_square = sums[:dim] / sums[-1], sums[dim:-1] / sums[-1]  # [D]
+    std = (mean_square - mean.square()).clamp(min=0).sqrt()
+    return (std.mean() * math.sqrt(dim)).float()
+
+
+@torch.no_grad()
+def usage_entropy(codes: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Entropy of the mean of codes [N, K] over all ranks, divided by ln K.
+
+    1 if all prototypes are used equally, 0 if one takes everything. One all-reduce.
+    """
+    sums = all_reduce(codes.sum(dim=0), "sum", group)  # [K]
+    entropy: Tensor = torch.special.entr(sums / sums.sum()).sum()
+    return entropy / math.log(codes.shape[1])
+
+
+def collapse_warning(metrics: Mapping[str, float]) -> str | None:
+    """A sentence if the metrics are those of a collapsed run, else None.
+
+    Untrained trunks look much the same, and frozen prototypes keep the loss near ln K, so ask
+    with metrics averaged over recent steps, well after the prototypes were released.
+
+    Args:
+        metrics: what objectives return; of `loss_over_ln_k`, `embedding_std` and
+            `prototype_usage_entropy` those that are there are judged.
+    """
+    nan = math.nan  # compares as false
+    loss = metrics.get("loss_over_ln_k", nan)
+    std = metrics.get("embedding_std", nan)
+    usage = metrics.get("prototype_usage_entropy", nan)
+    signs = []
+    if abs(loss - 1) < NEAR_GUESSING:
+        signs.append(f"the loss is that of guessing (loss_over_ln_k {loss:.4f})")
+    if std < SMALL_STD:
+        signs.append(f"all images get nearly the same embedding (embedding_std {std:.4f})")
+    if usage < SMALL_USAGE:
+        signs.append(
+            f"the codes use hardly any of the prototypes (prototype_usage_entropy {usage:.4f})"
+        )
+    if not signs:
+        return None
+    return f"The run looks collapsed: {' and '.join(signs)}; what usually helps is {REMEDIES}."

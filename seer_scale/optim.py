@@ -1,0 +1,200 @@
+"""SGD with LARC on slices: exact whatever a strategy leaves of a tensor on this rank.
+
+DDP hands whole tensors to the optimizer, ZeRO contiguous flat partitions. With one parameter group
+per tensor both are a slice (name, shape, offset), and norms of whole tensors are one stacked
+all-reduce away. Everything acts on the float32 master, so every engine propagates the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seer_scale.parallel import distributed
+
+MOMENTUM = "momentum_buffer"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A contiguous run of a tensor's elements, held by this rank as flat views.
+
+    `values` and `momentum` are float32 views [n] into the master weights and optimizer state:
+    writing to them changes the training.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    values: Tensor
+    momentum: Tensor
+
+
+def parameter_groups(model: nn.Module, *, unit_rows: frozenset[str]) -> list[dict[str, Any]]:
+    """One group per tensor, which is what makes a ZeRO partition a slice of a single tensor.
+
+    Args:
+        model: whole or partitioned; the shapes recorded are those of the whole tensors.
+        unit_rows: names of matrices whose rows are kept at length one (the prototypes).
+    """
+    return [
+        {
+            "params": [parameter],
+            "name": name,
+            "shape": tuple(getattr(parameter, "ds_shape", parameter.shape)),
+            "unit_rows": name in unit_rows,
+            "frozen": False,
+        }
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def apply_schedule(
+    groups: list[dict[str, Any]], *, lr: float, frozen: frozenset[str] = frozenset()
+) -> None:
+    """Sets this step's learning rate and which tensors stay exactly as they are."""
+    for group in groups:
+        group["lr"] = lr
+        group["frozen"] = group["name"] in frozen
+
+
+class SliceSGD(torch.optim.Optimizer):
+    """SGD with momentum, weight decay, LARC (You et al. 2017; clip off) and unit-norm rows.
+
+    For a tensor p with gradient g, LARC (trust coefficient t) uses
+        ratio = t * |p| / (|g| + weight_decay * |p| + eps),    g <- ratio * (g + weight_decay * p)
+    and leaves g as it is, without weight decay, where |p| or |g| is 0, as SEER's implementation
+    does. Then m <- momentum * m + g and p <- p - lr * m. Rows of `unit_rows` tensors are scaled
+    back to length one afterwards (SwAV's rule for prototypes). A `frozen` tensor keeps its values,
+    and neither gradient, decay nor momentum of a frozen step is remembered.
+
+    Args:
+        groups: from `parameter_groups`.
+        shards: ranks (of the world) that each hold one slice of every tensor; 1 if tensors are
+            whole. Slices have equal length and follow each other in rank order, the last padded.
+        trust_coefficient: LARC's t; None for plain SGD.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float = 0.0,
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float | None,
+        shards: int = 1,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
+        )
+        self.trust_coefficient = trust_coefficient
+        self.shards = shards
+        self._squared_grad_norms: list[Tensor] = []
+
+    def slices(self) -> Iterator[Slice]:
+        """This rank's slices, in parameter order; those that are padding only are left out."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                offset, length = self._extent(group, parameter)
+                if length > 0:
+                    yield Slice(
+                        group["name"],
+                        group["shape"],
+                        offset,
+                        parameter.detach().view(-1)[:length],
+                        self._momentum(parameter).view(-1)[:length],
+                    )
+
+    def take_grad_norm(self) -> Tensor:
+        """Norm of the last step's gradient over all tensors that were free to move, [] float32."""
+        total = torch.stack(self._squared_grad_norms).sum() if self._squared_grad_norms else None
+        self._squared_grad_norms = []
+        return total.sqrt() if total is not None else torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every tensor that has a gradient.
+
+        ZeRO calls this once per tensor and empties the other groups, DDP once for all: norms are
+        reduced together for whatever is present.
+        """
+        del closure
+        present = [
+            (group, parameter)
+            for group in self.param_groups
+            if not group["frozen"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not present:
+            return
+        lengths = [self._extent(group, parameter)[1] for group, parameter in present]
+        values = [p.view(-1)[:n] for (_, p), n in zip(present, lengths, strict=True)]
+        grads = [p.grad.view(-1)[:n] for (_, p), n in zip(present, lengths, strict=True)]
+        norms = self._whole_norms(values, grads)  # [2, tensors]
+        self._squared_grad_norms.append(norms[1].square().sum())
+        decay = [group["weight_decay"] for group, _ in present]
+        on_grad, on_value = self._coefficients(norms, decay, present[0][0]["eps"])
+        for index, (group, parameter) in enumerate(present):
+            value, momentum = values[index], self._momentum(parameter).view(-1)[: lengths[index]]
+            update = grads[index] * on_grad[index] + value * on_value[index]
+            momentum.mul_(group["momentum"]).add_(update)
+            value.sub_(momentum, alpha=group["lr"])
+            if group["unit_rows"]:
+                self._normalise_rows(group, parameter)
+
+    def _whole_norms(self, values: list[Tensor], grads: list[Tensor]) -> Tensor:
+        norms = torch.stack([*torch._foreach_norm(values), *torch._foreach_norm(grads)])
+        if self.shards > 1:
+            norms = distributed.all_reduce(norms.square()).sqrt()
+        return norms.view(2, -1)
+
+    def _coefficients(self, norms: Tensor, decay: list[float], eps: float) -> tuple[Tensor, Tensor]:
+        """What the gradient and the value are multiplied by in the update, [tensors] each."""
+        weight_decay = norms.new_tensor(decay)
+        if self.trust_coefficient is None:
+            return torch.ones_like(weight_decay), weight_decay
+        value_norm, grad_norm = norms
+        ratio = self.trust_coefficient * value_norm
+        ratio = ratio / (grad_norm + weight_decay * value_norm + eps)
+        adapt = (value_norm > 0) & (grad_norm > 0)
+        one, zero = torch.ones_like(ratio), torch.zeros_like(ratio)
+        return torch.where(adapt, ratio, one), torch.where(adapt, ratio * weight_decay, zero)
+
+    def _extent(self, group: dict[str, Any], parameter: Tensor) -> tuple[int, int]:
+        """Where this rank's slice starts in the tensor, and its length without padding."""
+        numel = 1
+        for size in group["shape"]:
+            numel *= size
+        offset = distributed.rank() * parameter.numel() if self.shards > 1 else 0
+        return offset, max(0, min(parameter.numel(), numel - offset))
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(parameter, requires_grad=False)
+        momentum: Tensor = state[MOMENTUM]
+        return momentum
+
+    def _normalise_rows(self, group: dict[str, Any], parameter: Tensor) -> None:
+        offset, length = self._extent(group, parameter)
+        rows, width = group["shape"]
+        first, lead = divmod(offset, width)
+        # Zeros complete the slice to whole rows; the all-reduce completes their sums.
+        touched = -(-(lead + length) // width)
+        padded = parameter.new_zeros(touched * width)
+        padded[lead : lead + length] = parameter.view(-1)[:length]
+        squared = parameter.new_zeros(rows)
+        squared[first : first + touched] = padded.view(touched, width).square().sum(1)
+        if self.shards > 1:
+            distributed.all_reduce(squared)
+        norms = squared.sqrt().clamp_min_(1e-12)[first : first + touched]
+        padded = padded.view(touched, width).div_(norms[:, None]).view(-1)
+        parameter.view(-1)[:length] = padded[lead : lead + length]

@@ -1,0 +1,82 @@
+"""Activation checkpointing of RegNet blocks: keep a block's input, recompute the rest.
+
+Non-reentrant, so that a region may run several times per step (once per crop resolution), and
+safe for BatchNorm: see `batchnorm.checkpoint_contexts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seer_scale.parallel.batchnorm import checkpoint_contexts
+
+
+def apply_activation_checkpointing(
+    stages: Sequence[Sequence[nn.Module]],
+    mode: Literal["none", "full", "groups"],
+    groups: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Makes blocks recompute their activations in the backward pass, in place.
+
+    Args:
+        stages: the trunk's blocks, stage by stage (`model.blocks()`).
+        mode: `none`; `full`, every block on its own; `groups`, runs of blocks as one region.
+        groups: for `groups`, per stage where each group ends (one past its last block), as in
+            SEER's RG-10B: [[2], [7], [9, 17], []] makes two groups of stage 3, blocks 0-8 and
+            9-16. Blocks after the last end form one more group, and a stage with an empty list is
+            not recomputed. Ends beyond the stage mean its end.
+    """
+    if mode == "none":
+        return
+    if mode == "full":
+        for stage in stages:
+            for block in stage:
+                _recompute_alone(block)
+        return
+    if groups is None or len(groups) != len(stages):
+        raise ValueError(
+            f"expected one list of block indices per stage ({len(stages)}), got {groups}"
+        )
+    for stage, ends in zip(stages, groups, strict=True):
+        if ends:
+            _recompute_in_groups(stage, ends)
+
+
+def _recompute_alone(block: nn.Module) -> None:
+    # The forward is replaced on the instance, so no parameter name gets a prefix.
+    block.forward = partial(
+        checkpoint, block.forward, use_reentrant=False, context_fn=checkpoint_contexts
+    )
+
+
+def _recompute_in_groups(stage: Sequence[nn.Module], ends: Sequence[int]) -> None:
+    bounds = sorted({min(end, len(stage)) for end in ends} | {len(stage)})
+    first = 0
+    for bound in bounds:
+        _recompute_together(stage[first:bound])
+        first = bound
+
+
+def _recompute_together(blocks: Sequence[nn.Module]) -> None:
+    """The first block runs the whole group as one region; the others pass their input on."""
+    forwards = [block.forward for block in blocks]
+
+    def run(x: Tensor) -> Tensor:
+        for forward in forwards:
+            x = forward(x)
+        return x
+
+    def first(x: Tensor) -> Any:
+        return checkpoint(run, x, use_reentrant=False, context_fn=checkpoint_contexts)
+
+    def identity(x: Tensor) -> Tensor:
+        return x
+
+    for block in blocks:
+        block.forward = identity
+    blocks[0].forward = first

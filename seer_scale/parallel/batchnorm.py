@@ -1,0 +1,257 @@
+"""Grouped SyncBatchNorm: BatchNorm whose statistics are shared by groups of ranks.
+
+One all-reduce forward and one backward per layer, on CPU (gloo) and CUDA (nccl) alike; none in the
+recomputation of activation checkpointing, which replays the statistics of the first forward so
+that running statistics move once per step. Uneven batches are weighted by their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from threading import local
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from seer_scale.parallel import distributed
+
+Statistics = tuple[Tensor, Tensor, Tensor]  # mean [C], biased variance [C], count []
+
+_recompute = local()
+
+
+class _Tape:
+    """The statistics that the layers of one checkpointed region computed, in call order."""
+
+    def __init__(self) -> None:
+        self.statistics: list[Statistics] = []
+        self.position: int | None = None  # None while recording
+
+    def next(self) -> Statistics:
+        assert self.position is not None
+        self.position += 1
+        return self.statistics[self.position - 1]
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The two contexts that `torch.utils.checkpoint(context_fn=...)` asks for.
+
+    BatchNorm layers record their statistics in the first and reuse them in the second: no second
+    collective, no second update of the running statistics.
+    """
+    tape = _Tape()
+
+    @contextmanager
+    def use(position: int | None) -> Iterator[None]:
+        outer = getattr(_recompute, "tape", None)
+        tape.position = position
+        _recompute.tape = tape
+        try:
+            yield
+        finally:
+            _recompute.tape = outer
+
+    return use(None), use(0)
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalisation by the group's statistics; the backward sees through those statistics.
+
+    Both directions run torch's own inference kernels, which take low-precision input with float32
+    statistics. The backward adds what inference lacks: d(mean) and d(variance), that is
+    -(weight / std) * (mean(grad) + normalised * mean(grad * normalised)) over the group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps, ctx.group = eps, group
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        # Parameter gradients stay local: the sharding strategy averages them with the others.
+        sums = torch.stack([grad_bias, grad_weight])
+        mean_grad, mean_grad_normalised = distributed.all_reduce(sums, "sum", ctx.group) / count
+        inverse_std = (variance + ctx.eps).rsqrt()
+        slope = -weight * inverse_std.square() * mean_grad_normalised
+        offset = -weight * inverse_std * mean_grad - slope * mean
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        slope, offset = slope.to(x.dtype).view(shape), offset.to(x.dtype).view(shape)
+        grad_x = grad_x.addcmul_(x, slope).add_(offset)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+class GroupedSyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batch of every rank in `group`; over the local batch where it is None.
+
+    Statistics, running or not, are float32 or wider under every precision. Parameter and buffer
+    names are those of `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(
+        self, num_features: int, group: dist.ProcessGroup | None = None, **kw: Any
+    ) -> None:
+        super().__init__(num_features, **kw)
+        self.group = group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"BatchNorm expects [B, C, ...], got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input and output [B, C, ...]; in training the running statistics move once per step."""
+        self._check_input_dim(input)
+        if not self.training:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if self.group is None:
+            return self._forward_local(input)
+        tape = getattr(_recompute, "tape", None)
+        if tape is not None and tape.position is not None:
+            mean, variance, count = tape.next()
+        else:
+            mean, variance, count = self._group_statistics(input)
+            if tape is not None:
+                tape.statistics.append((mean, variance, count))
+        y: Tensor = _Normalize.apply(
+            input, self.weight, self.bias, mean, variance, count, self.eps, self.group
+        )
+        return y
+
+    def _forward_local(self, input: Tensor) -> Tensor:
+        # torch's own kernel. A recomputation must save the same tensors for the backward, so it
+        # passes the running statistics too, with a momentum that leaves them as they are.
+        tape = getattr(_recompute, "tape", None)
+        replay = tape is not None and tape.position is not None
+        if not replay and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=0.0 if replay else self.momentum or 0.0,
+            eps=self.eps,
+        )
+
+    @torch.no_grad()
+    def _group_statistics(self, x: Tensor) -> Statistics:
+        """Mean, variance and count over the group by one all-reduce; moves the running statistics.
+
+        Each rank's mean and variance come from torch's BatchNorm kernel in float32 and are combined
+        in float64, where the textbook sum of squares is exact enough whatever the ratio of mean to
+        deviation.
+        """
+        local_mean, local_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        dtype, channels = local_mean.dtype, x.shape[1]
+        local_mean, local_variance = local_mean.double(), local_variance.double()
+        local_count = local_mean.new_full((1,), x.numel() // channels)
+        squares = local_variance + local_mean.square()
+        sums = torch.cat([local_mean * local_count, squares * local_count, local_count])
+        distributed.all_reduce(sums, "sum", self.group)
+        count = sums[-1]
+        mean = sums[:channels] / count
+        variance = (sums[channels:-1] / count - mean.square()).clamp_min_(0)
+        if self.running_mean is not None and self.running_var is not None:
+            momentum = self.momentum or 0.0
+            unbiased = variance * (count / (count - 1).clamp_min(1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        return mean.to(dtype), variance.to(dtype), count.to(dtype)
+
+
+@cache
+def _groups(world_size: int, size: int) -> tuple[dist.ProcessGroup, ...]:
+    """Contiguous groups of `size` ranks; made once, by every rank in the same order."""
+    groups = []
+    for first in range(0, world_size, size):
+        group = dist.new_group(list(range(first, min(first + size, world_size))))
+        groups.append(cast(dist.ProcessGroup, group))  # an int on ranks that are no members
+    return tuple(groups)
+
+
+def sync_group(group_size: int) -> dist.ProcessGroup | None:
+    """This rank's BatchNorm group: 0 global, -1 its node, n contiguous groups of n.
+
+    The last group may be smaller, as in VISSL. None stands for a group of one rank.
+    """
+    world = distributed.world_size()
+    size = {0: world, -1: distributed.local_world_size()}.get(group_size, group_size)
+    index = distributed.rank() // size
+    if min(size, world - index * size) == 1:
+        if 1 < size < world:
+            _groups(world, size)  # new_group is collective: the rank left over takes part
+        return None
+    return _groups(world, size)[index]
+
+
+def convert_sync_batchnorm(model: nn.Module, group_size: int) -> nn.Module:
+    """Replaces every BatchNorm of `model` by a grouped SyncBatchNorm, in place; returns the model.
+
+    Parameters and buffers are taken over, on the meta device too. With one rank per group the
+    layers do not communicate but still survive activation checkpointing.
+    """
+    group = sync_group(group_size)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BatchNorm) and not isinstance(child, GroupedSyncBatchNorm):
+                norm = GroupedSyncBatchNorm(
+                    child.num_features,
+                    group,
+                    eps=child.eps,
+                    momentum=child.momentum,
+                    device="meta",
+                )
+                norm.weight, norm.bias = child.weight, child.bias
+                for key, buffer in child.named_buffers():
+                    setattr(norm, key, buffer)
+                norm.train(child.training)
+                setattr(parent, name, norm)
+    return model
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module) -> None:
+    """Averages running statistics over all ranks, in place: groups saw different data.
+
+    Called before saving, export and evaluation, so that no group's statistics stand for all.
+    """
+    world = distributed.world_size()
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if world == 1 or not buffers:
+        return
+    flat = distributed.all_reduce(torch.cat([buffer.double() for buffer in buffers])) / world
+    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean)

@@ -1,0 +1,148 @@
+"""Process group, ranks and the few collectives that the rest needs.
+
+Every function also works without a process group, so that models, objectives and the optimizer
+run unchanged in a plain Python process.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def init(timeout_minutes: float = 30.0) -> torch.device:
+    """Joins the process group that deepspeed, torchrun or SLURM describe in the environment.
+
+    A plain `python` run becomes a group of one. Returns this rank's device. On CPU the cores of
+    the node are divided among its ranks: more threads than cores make every rank slower.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_world_size()))
+    if not dist.is_initialized():
+        backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=timeout_minutes)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=torch._C._distributed_c10d.HashStore(),
+                rank=0,
+                world_size=1,
+            )
+    return device
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Rank in the world; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks in `group` (the world unless given); 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank on this node, as the launcher says; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Ranks on this node: torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
+def nodes() -> float:
+    """Machines in the world, taking all to have as many ranks as this one."""
+    return world_size() / local_world_size()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone writes files and talks to the tracker."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(
+    tensor: Tensor, op: Literal["sum", "max"] = "sum", group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Reduces `tensor` in place over `group` and returns it."""
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group)
+    return tensor
+
+
+def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Concatenates every rank's `tensor` (equal shapes) along the first axis, in rank order."""
+    if world_size(group) == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group)
+    return torch.cat(parts)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """The items of every rank's list, in rank order, on every rank."""
+    if world_size() == 1:
+        return items
+    lists: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+class _AllGather(torch.autograd.Function):
+    """all_gather whose backward sums over ranks what each of them asks of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group, ctx.rows = group, tensor.shape[0]
+        return all_gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = all_reduce(grads[0].contiguous().clone(), "sum", ctx.group)
+        index = dist.get_rank(ctx.group)
+        return total[index * ctx.rows : (index + 1) * ctx.rows], None
+
+
+def all_gather_with_gradient(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`all_gather` through which gradients flow back to the rank that owns each row.
+
+    With a loss averaged over ranks (as data-parallel training does) the gradients equal those of
+    one process that computes the mean loss on the whole batch.
+    """
+    if world_size(group) == 1:
+        return tensor
+    gathered: Tensor = _AllGather.apply(tensor, group)
+    return gathered

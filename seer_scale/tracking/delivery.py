@@ -1,0 +1,188 @@
+"""Delivers a run's spool to MLflow, request by request, from where the last sender stopped.
+
+What was acknowledged is written down after every request, as a byte offset beside the run's id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from seer_scale.tracking.quiet import quieten
+from seer_scale.tracking.spool import (
+    SENT,
+    SETTINGS,
+    SPOOL,
+    Event,
+    read_events,
+    read_json,
+    write_json,
+)
+from seer_scale.tracking.uri import environment, one_line, redact
+
+if TYPE_CHECKING:
+    from seer_scale.tracking.mlflow_client import MlflowRun
+
+REJECTED = "rejected.jsonl"
+METRICS_PER_REQUEST = 1000
+REFUSALS = 5
+
+
+class Unreachable(Exception):  # noqa: N818  (a state of the server, not a mistake)
+    """The server does not answer, or not for this run; what was to be sent stays in the spool."""
+
+
+class Delivery:
+    """One run's spool on its way to one server.
+
+    Args:
+        folder: `<run_dir>/tracking`.
+        uri: with credentials; another than before starts again at the spool's first line.
+    """
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self.folder = folder
+        self.settings = read_json(folder / SETTINGS)
+        self.uri = uri
+        sent = read_json(folder / SENT)
+        if sent.get("uri") != redact(uri):
+            sent = {"uri": redact(uri), "run_id": None, "offset": 0, "steps": {}}
+        self.sent = sent
+        self.rejected = 0
+        self._scratch = folder / "scratch"
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._alone_until = 0
+        self._refusals = 0
+        self._run: MlflowRun | None = None
+
+    @property
+    def run(self) -> MlflowRun:
+        """The MLflow run; the first use imports mlflow, which takes seconds."""
+        if self._run is None:
+            os.environ.update(environment(self.uri))
+            quieten()
+            from seer_scale.tracking.mlflow_client import MlflowRun
+
+            self._run = MlflowRun(
+                os.environ["MLFLOW_TRACKING_URI"],
+                experiment=self.settings["experiment"],
+                registered_name=self.settings["registered_name"],
+                spool_id=self.settings["id"],
+                run_id=self.sent["run_id"],
+                scratch=self._scratch,
+            )
+        return self._run
+
+    def step(self) -> list[Event]:
+        """Sends the next request's worth of events and returns them; none if all was sent.
+
+        Raises:
+            Unreachable: if they could not be sent now.
+        """
+        events = self._next()
+        if not events:
+            return []
+        try:
+            self._deliver(events)
+        except Exception as error:
+            self._refused(events, error)
+            return events if self.sent["offset"] >= events[-1].end else self.step()
+        self._acknowledge(events)
+        return events
+
+    def left(self) -> int:
+        """Events that are still to be sent."""
+        return sum(1 for _ in read_events(self.folder / SPOOL, self.sent["offset"]))
+
+    def _next(self) -> list[Event]:
+        """One event, or as many successive metrics as one request takes."""
+        chosen: list[Event] = []
+        count = 0
+        for event in read_events(self.folder / SPOOL, self.sent["offset"]):
+            count += len(event.fields.get("metrics", ()))
+            if chosen and (event.kind != "metrics" or count > METRICS_PER_REQUEST):
+                break
+            chosen.append(event)
+            if event.kind != "metrics" or event.end <= self._alone_until:
+                break
+        return chosen
+
+    def _deliver(self, events: list[Event]) -> None:
+        fields = events[0].fields
+        if self.run.run_id is None or events[0].kind == "start":
+            now = time.time_ns() // 1_000_000
+            name = fields.get("run_name", self.settings["run_name"])
+            self.sent["run_id"] = self.run.open(name, fields.get("time", now))
+            write_json(self.folder / SENT, self.sent)
+        match events[0].kind:
+            case "start":
+                pass
+            case "params":
+                self.run.log_params(fields["params"])
+            case "metrics":
+                self.run.log_metrics(
+                    (key, value, event.fields["time"], event.fields["step"])
+                    for event in events
+                    for key, value in event.fields["metrics"].items()
+                    # A resumed run repeats steps; each value of a step is sent once.
+                    if event.fields["step"] > self.sent["steps"].get(key, -1)
+                )
+            case "tags":
+                self.run.set_tags(fields["tags"])
+            case "artifact":
+                self.run.log_artifact(self._path(fields["path"]), fields["folder"])
+            case "model":
+                self.run.log_model(
+                    self._path(fields["path"]),
+                    step=fields["step"],
+                    tags=fields["tags"],
+                    aliases=fields["aliases"],
+                )
+            case "finish":
+                self.run.finish(fields["status"], fields["time"])
+            case kind:
+                raise ValueError(f"this line of the spool is {kind}")
+
+    def _refused(self, events: list[Event], error: Exception) -> None:
+        """Waits, or sends one by one, or gives one event up: by what the server says."""
+        reason, verdict = one_line(error), _refusal(error)
+        if verdict == "no" or self._run is None or not self._run.answers():
+            raise Unreachable(reason)
+        if len(events) > 1:
+            self._alone_until = events[-1].end
+            return
+        self._refusals += 1
+        if verdict == "maybe" and self._refusals < REFUSALS:
+            raise Unreachable(reason)
+        self.rejected += 1
+        line = {"offset": events[0].offset, "reason": reason, "event": events[0].fields}
+        with (self.folder / REJECTED).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._acknowledge(events)
+
+    def _acknowledge(self, events: list[Event]) -> None:
+        self._refusals = 0
+        for event in events:
+            for key in event.fields.get("metrics", ()):
+                before = self.sent["steps"].get(key, -1)
+                self.sent["steps"][key] = max(before, event.fields["step"])
+        self.sent["offset"] = events[-1].end
+        write_json(self.folder / SENT, self.sent)
+
+    def _path(self, path: str) -> Path:
+        return self.folder.parent / path
+
+
+def _refusal(error: Exception) -> Literal["lasting", "maybe", "no"]:
+    """Whether an error is about what was sent, or about the way there ("no")."""
+    status = getattr(error, "get_http_status_code", None)  # MLflow's exceptions have it
+    if status is not None:
+        if status() == 400:
+            return "lasting"
+        return "maybe" if status() in (404, 409, 500) else "no"
+    local = (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError)
+    return "lasting" if isinstance(error, local) else "maybe"

@@ -1,0 +1,197 @@
+"""The processes that send: one detached beside the training, or `launch/sync.py` later.
+
+    python -m seer_scale.tracking.sender RUN_DIR [--drain SECONDS]
+
+forks, leaves its caller at once, follows the spool and ends with the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from seer_scale.errors import UserError
+from seer_scale.tracking.delivery import Delivery, Unreachable
+from seer_scale.tracking.lock import SenderLock, holder
+from seer_scale.tracking.spool import FOLDER, SETTINGS, SPOOL, read_json
+from seer_scale.tracking.uri import redact, resolve_uri, with_credentials
+
+POLL_S = 0.5
+LONGEST_WAIT_S = 30.0
+SYNC_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `sync` did; `reason` says why something is left."""
+
+    sent: int
+    rejected: int
+    left: int
+    run_id: str | None
+    reason: str
+
+
+def sync(run_dir: Path | str, uri: str | None = None) -> Outcome:
+    """Sends what the spool of `run_dir` still holds, and ends the run as it was ended.
+
+    Args:
+        run_dir: a run's folder, wherever it lies now.
+        uri: another server than the run's own; it gets the whole run.
+
+    Raises:
+        UserError: if the folder holds no tracked run, or another process is sending it.
+    """
+    folder = Path(run_dir) / FOLDER
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{run_dir} is no folder of a tracked run: it has no {FOLDER}/{SETTINGS}")
+    lock = SenderLock(folder)
+    if not lock.acquire():
+        raise UserError(f"{run_dir} is being sent by process {holder(folder)}; wait for it to end")
+    recorded: str = read_json(folder / SETTINGS)["uri"]
+    try:
+        delivery = Delivery(folder, resolve_uri(uri) if uri else with_credentials(recorded))
+        return _send_all(delivery)
+    finally:
+        lock.release()
+
+
+def _send_all(delivery: Delivery) -> Outcome:
+    sent, reason, attempts = 0, "", 0
+    while True:
+        try:
+            events = delivery.step()
+        except Unreachable as error:
+            reason, attempts = str(error), attempts + 1
+            if attempts == SYNC_ATTEMPTS:
+                break
+            time.sleep(min(2.0**attempts / 2, LONGEST_WAIT_S))
+            continue
+        if not events:
+            reason = ""
+            _end_if_killed(delivery)
+            break
+        sent, attempts = sent + len(events), 0
+    rejected = delivery.rejected
+    return Outcome(sent - rejected, rejected, delivery.left(), delivery.sent["run_id"], reason)
+
+
+def follow(folder: Path, lock: SenderLock, training: Callable[[], bool], drain_s: float) -> None:
+    """Sends the spool as it grows, until the run ends and all is sent.
+
+    Args:
+        folder: `<run_dir>/tracking`.
+        lock: waited for while another sender has it.
+        training: whether the process that writes the spool still lives.
+        drain_s: how long to go on without progress once the run has ended.
+    """
+    while not lock.acquire():
+        if not training():
+            return  # whoever holds the lock reads to the end of the spool
+        time.sleep(POLL_S)
+    settings = read_json(folder / SETTINGS)
+    delivery = Delivery(folder, with_credentials(settings["uri"]))
+    monitor: Any = None
+    wait, retry_at, ended_at, progress_at = 0.0, 0.0, None, time.monotonic()
+    while True:
+        now = time.monotonic()
+        if ended_at is None and (_finished(folder) or not training()):
+            ended_at, retry_at = now, now
+            _stop(monitor)
+            monitor = None
+        if now >= retry_at:
+            try:
+                events = delivery.step()
+            except Unreachable as error:
+                wait = min(2 * wait or 1.0, LONGEST_WAIT_S)
+                retry_at = time.monotonic() + wait
+                _say(f"not sent, next attempt in {wait:.0f} s: {error}")
+                _stop(monitor)
+                monitor = None
+            else:
+                if events:
+                    wait, progress_at = 0.0, time.monotonic()
+                    if monitor is None and ended_at is None and settings["system_metrics"]:
+                        monitor = delivery.run.system_metrics()
+                    continue
+                if ended_at is not None:
+                    _end_if_killed(delivery)
+                    return
+        if ended_at is not None and time.monotonic() - max(ended_at, progress_at) > drain_s:
+            _say(f"{delivery.left()} events are left for launch/sync.py")
+            return
+        time.sleep(POLL_S)
+
+
+def _stop(monitor: Any) -> None:
+    if monitor is not None:
+        monitor.finish()
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the last line of the spool ends the run."""
+    with (folder / SPOOL).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        last = file.read().rstrip(b"\n").rsplit(b"\n", 1)[-1]
+    try:
+        return bool(json.loads(last)["kind"] == "finish")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _end_if_killed(delivery: Delivery) -> None:
+    """A training process that was killed wrote no end; MLflow would show it as running."""
+    if delivery.sent["run_id"] and not _finished(delivery.folder):
+        try:
+            delivery.run.finish("KILLED", time.time_ns() // 1_000_000)
+        except Exception as error:
+            _say(f"the run's end could not be sent: {error}")
+
+
+def _say(text: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), redact(text), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point of the detached sender."""
+    parser = argparse.ArgumentParser(prog="python -m seer_scale.tracking.sender")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--drain", type=float, default=60.0, metavar="SECONDS")
+    arguments = parser.parse_args()
+    folder: Path = arguments.run_dir / FOLDER
+    parent = psutil.Process(os.getppid())
+
+    def training() -> bool:
+        try:
+            return bool(parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    lock = SenderLock(folder)
+    lock.acquire()  # before the caller goes on, so that it always finds a sender at work
+    if os.fork():
+        os._exit(0)
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    # A launcher that ends a job signals everything; what the run says last is still to come.
+    signal.signal(signal.SIGTERM, lambda *_: None if training() else sys.exit(1))
+    try:
+        follow(folder, lock, training, arguments.drain)
+    except Exception:
+        _say(traceback.format_exc())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Which MLflow a run talks to, and how its credentials stay out of every file.
+
+Run folders are copied, shared and logged as artifacts, so what they hold of a URI is redacted;
+the sender gets the rest through its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from seer_scale.errors import ConfigError
+
+DEFAULT = "sqlite:///mlflow.db"
+_SQLITE = "sqlite:///"
+_USERINFO = re.compile(r"(?<=://)[^/\s\"']*@")
+_QUERY_SECRET = re.compile(r"([?&](?:password|sslpassword|token|secret)=)[^&\s\"']+", re.IGNORECASE)
+
+
+def resolve_uri(uri: str | None = None) -> str:
+    """The tracking URI: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
+
+    A relative sqlite path is made absolute, so that a run can be sent from any folder later.
+
+    Raises:
+        ConfigError: if it is a folder, which MLflow no longer writes to.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+    if uri.startswith(_SQLITE):
+        return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).resolve())
+    if uri.startswith("databricks") or ("://" in uri and not uri.startswith("file:")):
+        return uri
+    raise ConfigError(
+        f"tracking.uri is '{redact(uri)}'; MLflow keeps no runs in plain folders any more: "
+        f"give the address of a server (http://host:5000) or a database ({DEFAULT})"
+    )
+
+
+def redact(text: str) -> str:
+    """`text` without the user names, passwords and tokens of the URIs in it."""
+    return _QUERY_SECRET.sub(r"\1***", _USERINFO.sub("", text))
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line without credentials."""
+    text = " ".join(redact(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def environment(uri: str) -> dict[str, str]:
+    """Environment variables that tell MLflow `uri` with its credentials.
+
+    Those of a web address go into MLflow's own variables, because MLflow repeats the address in
+    error messages.
+    """
+    parts = urlsplit(uri)
+    if not uri.startswith("http") or parts.username is None:
+        return {"MLFLOW_TRACKING_URI": uri}
+    return {
+        "MLFLOW_TRACKING_URI": redact(uri),
+        "MLFLOW_TRACKING_USERNAME": unquote(parts.username),
+        "MLFLOW_TRACKING_PASSWORD": unquote(parts.password or ""),
+    }
+
+
+def with_credentials(redacted: str) -> str:
+    """The URI that `redacted` stands for, when the environment knows it."""
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return known if redact(known) == redacted else redacted

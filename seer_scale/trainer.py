@@ -1,0 +1,435 @@
+"""The training loop: it knows verbs, never the sharding strategy.
+
+What a run needs is built in `Trainer.__init__` in one visible order; a step is `train_step`.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seer_scale import checkpoint, recipe
+from seer_scale.config import RunConfig
+from seer_scale.data import BadSample, MicroBatch, MultiCrop, Source, build_loader
+from seer_scale.errors import UserError
+from seer_scale.models import build_model, initialise
+from seer_scale.objectives import build_objective, collapse_warning
+from seer_scale.optim import apply_schedule
+from seer_scale.parallel import distributed
+from seer_scale.parallel.engine import PROTOTYPES, shard
+from seer_scale.progress import Progress
+from seer_scale.records import Records
+from seer_scale.schedules import learning_rate, prototypes_frozen, scaled_lr, warmup_start
+from seer_scale.tracking import NullTracker, Tracker, start_tracking
+
+COLLAPSE_WINDOW = 50  # steps that a verdict is averaged over
+SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
+RUN_ID_SECONDS = 15.0  # a tracking server that takes longer is waited for no more
+TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
+
+
+@dataclass
+class TrainState:
+    """How far the run is; all of it is in every checkpoint."""
+
+    step: int = 0
+    samples_seen: int = 0
+    best_loss: float = math.inf  # smallest mean loss between two checkpoints
+
+    def advance(self, images: int) -> None:
+        """One more step of `images` images."""
+        self.step += 1
+        self.samples_seen += images
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    Args:
+        config: the resolved configuration.
+        ds_config: resolved DeepSpeed configuration, for strategy `zero`.
+        source: the opened training data.
+        resume: folder of a checkpoint to go on from, or None.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        ds_config: dict[str, Any] | None,
+        source: Source,
+        resume: Path | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.device = config, device
+        self.run_dir = Path(config.run.dir)
+        world = distributed.world_size()
+        self.global_batch = (
+            config.train.micro_batch_size * config.train.gradient_accumulation * world
+        )
+        self.tracker = self._start_tracking()
+        torch.manual_seed(config.run.seed * world + distributed.rank())
+
+        reader = checkpoint.CheckpointReader(resume) if resume else None
+        self.state = TrainState(**reader.manifest["state"]) if reader else TrainState()
+        self.engine = shard(
+            self._build_model,
+            reader.fill if reader else partial(initialise, seed=config.run.seed),
+            config,
+            ds_config,
+            device,
+        )
+        self.objective = build_objective(
+            config.objective.name,
+            crops=sum(config.data.crop_counts),
+            options=config.objective.options,
+        )
+        if reader:
+            reader.fill_momentum(self.engine.slices())
+            self._load_local_state(reader)
+        self.batches = build_loader(
+            source,
+            self._build_transform(),
+            seed=config.run.seed,
+            micro_batch_size=config.train.micro_batch_size,
+            gradient_accumulation=config.train.gradient_accumulation,
+            rank=distributed.rank(),
+            world_size=world,
+            first_sample=self.state.samples_seen,
+            workers=config.data.workers,
+        )
+        self.records = self._open_records()
+        self.progress = (
+            Progress(config.train.steps, self.state.step) if distributed.is_main() else None
+        )
+        self._losses: list[float] = []  # since the last checkpoint
+        self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
+        self._stop_signal: int | None = None
+        self._announce()
+
+    # --------------------------------------------------------------------------- one step
+
+    def train_step(self) -> tuple[dict[str, float], bool]:
+        """One optimizer step: its metrics, and whether some rank was asked to stop."""
+        began = time.perf_counter()
+        self._apply_schedules()
+        sums: dict[str, Tensor] = {}
+        micro_batches: list[MicroBatch] = []
+        waited = 0.0
+        for _ in range(self.config.train.gradient_accumulation):
+            asked = time.perf_counter()
+            batch = next(self.batches)
+            waited += time.perf_counter() - asked
+            micro_batches.append(batch)
+            crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
+            embeddings, scores = self.engine(crops, getattr(self.objective, "queue", None))
+            loss, metrics = self.objective(embeddings, scores)
+            self.engine.backward(loss)
+            grad_norm = self.engine.step()
+            for name, value in {"loss": loss, **metrics}.items():
+                value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                sums[name] = sums.get(name, 0) + value.detach()
+        assert grad_norm is not None
+        self.state.advance(self.global_batch)
+
+        # The step's one wait for the device.
+        means, bad, stop = self._reduce(sums, micro_batches)
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"the loss of step {self.state.step} is {means['loss']}: the run stops, its "
+                "checkpoints stay; try a lower optim.lr or optim.base_lr, a longer "
+                "optim.warmup_steps or train.precision=fp32"
+            )
+        self._record_samples(micro_batches, bad)
+        seconds = time.perf_counter() - began
+        return {
+            "loss": means.pop("loss"),
+            "lr": self.engine.param_groups[0]["lr"],
+            "grad_norm": float(grad_norm),
+            "images_per_second": self.global_batch / seconds,
+            "step_time": seconds,
+            "data_time": waited,
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "samples_seen": self.state.samples_seen,
+            "bad_samples": bad,
+            **means,
+        }, stop
+
+    def _apply_schedules(self) -> None:
+        step, optim = self.state.step, self.config.optim
+        peak = optim.lr or scaled_lr(optim.base_lr, self.global_batch)
+        lr = learning_rate(
+            step,
+            total_steps=self.config.train.steps,
+            warmup_steps=optim.warmup_steps,
+            start=warmup_start(peak, nodes=distributed.nodes(), floor=peak * optim.end_lr_ratio),
+            peak=peak,
+            end=peak * optim.end_lr_ratio,
+            schedule=optim.schedule,
+        )
+        still = prototypes_frozen(step, optim.freeze_prototypes_steps)
+        apply_schedule(self.engine.param_groups, lr=lr, frozen=PROTOTYPES if still else frozenset())
+
+    def _reduce(
+        self, sums: Mapping[str, Tensor], micro_batches: list[MicroBatch]
+    ) -> tuple[dict[str, float], int, bool]:
+        """Means over ranks and micro-batches, bad images and the wish to stop; one all-reduce."""
+        bad = sum(len(batch.bad) for batch in micro_batches)
+        scale = 1 / (distributed.world_size() * self.config.train.gradient_accumulation)
+        own = [*sums.values(), *torch.tensor([float(bad), float(self._stop_signal is not None)])]
+        stacked = torch.stack([value.to(self.device) for value in own])
+        *means, total_bad, stop = distributed.all_reduce(stacked).tolist()
+        return (
+            {name: mean * scale for name, mean in zip(sums, means, strict=True)},
+            int(total_bad),
+            stop > 0,
+        )
+
+    def _record_samples(self, micro_batches: list[MicroBatch], bad: int) -> None:
+        if self.config.run.log_samples:
+            ids = torch.stack([batch.sample_ids for batch in micro_batches])  # [accumulation, B]
+            ranks = distributed.all_gather(ids.to(self.device)[None])  # [world, accumulation, B]
+            if self.records:  # in the order of the stream, which no world size changes
+                self.records.samples(self.state.step, ranks.transpose(0, 1).flatten().tolist())
+        if bad:
+            mine = [sample for batch in micro_batches for sample in batch.bad]
+            everyone: list[BadSample] = distributed.gather_lists(mine)
+            if self.records:
+                self.records.bad_samples(self.state.step, everyone)
+
+    # --------------------------------------------------------------------------- the loop
+
+    def train(self) -> bool:
+        """Runs to the last step, or to a signal; saves as it goes. Returns whether it is done."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+        saved_step = self.state.step
+        stop = False
+        while self.state.step < self.config.train.steps and not stop:
+            metrics, stop = self.train_step()
+            self._log(metrics)
+            last = stop or self.state.step == self.config.train.steps
+            if last or self.state.step % self.config.checkpoint.every == 0:
+                self.save()
+                saved_step = self.state.step
+        if stop:
+            self._say(
+                f"stopped by a signal after step {saved_step}, which is saved; go on with "
+                "--resume auto"
+            )
+        return not stop
+
+    def save(self) -> None:
+        """Writes a checkpoint, and gives its trunk to the tracker as a model."""
+        loss = sum(self._losses) / max(1, len(self._losses))
+        best = loss < self.state.best_loss
+        self.state.best_loss = min(loss, self.state.best_loss)
+        self._losses = []
+        folder = checkpoint.save(
+            self.run_dir / "checkpoints",
+            step=self.state.step,
+            slices=self.engine.slices(),
+            writes_slices=self.engine.writes_slices,
+            model=self.engine.model,
+            local_state=self._local_state(),
+            trunk=self.config.model.trunk,
+            manifest={"state": asdict(self.state), "config": self.config.model_dump(mode="json")},
+            keep=self.config.checkpoint.keep,
+        )
+        if self.config.tracking.log_models:
+            self.tracker.log_model(
+                folder / "trunk",
+                step=self.state.step,
+                tags={
+                    "loss": f"{loss:.6g}",
+                    "samples_seen": self.state.samples_seen,
+                    "trunk": self.config.model.trunk,
+                    "objective": self.config.objective.name,
+                    "strategy": self.config.sharding.strategy,
+                },
+                aliases=["best"] if best else [],
+            )
+
+    def close(self, status: str) -> None:
+        """Ends workers, files and tracking; `status` is FINISHED, KILLED or FAILED."""
+        self.batches.close()
+        if self.progress:
+            self.progress.close()
+        if self.records:
+            self.records.close()
+            for name in ("curve.png", "metrics.jsonl", "bad_samples.jsonl"):
+                if (self.run_dir / name).exists():
+                    self.tracker.log_artifact(self.run_dir / name)
+        sent = self.tracker.close(status, wait_s=TRACKER_SECONDS if status == "FINISHED" else 0.0)
+        if not sent and self.config.tracking.enabled:
+            self._say(
+                "not everything has reached MLflow yet; the sender goes on for a while, and "
+                f"`python launch/sync.py {self.run_dir}` sends what is left at any time"
+            )
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_signal = signum
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self._losses.append(metrics["loss"])
+        if not (self.records and self.progress):
+            return
+        step = self.state.step
+        self.records.metrics(step, metrics)
+        self.tracker.log_metrics(metrics, step)
+        self.progress.update(step, metrics)
+        self._recent.append(metrics)
+        optim = self.config.optim
+        settled = max(optim.warmup_steps, optim.freeze_prototypes_steps) + SETTLING_STEPS
+        if step >= settled and step % COLLAPSE_WINDOW == 0:
+            count = len(self._recent)
+            means = {key: sum(m[key] for m in self._recent) / count for key in metrics}
+            if warning := collapse_warning(means):
+                self._say(f"warning: {warning}")
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.progress.say(text)
+
+    # --------------------------------------------------------------------------- building
+
+    def _start_tracking(self) -> Tracker | NullTracker:
+        tracking = self.config.tracking
+        if not (tracking.enabled and distributed.is_main()):
+            return NullTracker()
+        assert tracking.registered_name is not None  # the recipe's parser fills it in
+        return start_tracking(
+            self.run_dir,
+            uri=tracking.uri,
+            experiment=tracking.experiment,
+            registered_name=tracking.registered_name,
+            run_name=self.run_dir.name,
+            system_metrics=tracking.system_metrics,
+        )
+
+    def _build_model(self, device: torch.device) -> Any:
+        model = self.config.model
+        return build_model(
+            model.trunk,
+            head_dims=model.head_dims,
+            head_batch_norm=model.head_batch_norm,
+            prototypes=model.prototypes,
+            device=device,
+        )
+
+    def _build_transform(self) -> MultiCrop:
+        data = self.config.data
+        return MultiCrop(
+            data.crop_sizes,
+            data.crop_counts,
+            data.crop_scales,
+            color_distortion=data.color_distortion,
+            blur_probability=data.blur_probability,
+        )
+
+    def _open_records(self) -> Records | None:
+        if not distributed.is_main():
+            return None
+        records = Records(
+            self.run_dir,
+            first_step=self.state.step,
+            log_samples=self.config.run.log_samples,
+        )
+        (self.run_dir / "config.yaml").write_text(recipe.dump(self.config))
+        return records
+
+    def _local_state(self) -> dict[str, Tensor]:
+        """What each rank has of its own: the objective's tensors and random generators.
+
+        The step itself draws no random numbers (data are keyed by sample); an installed
+        objective may.
+        """
+        state = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        if hasattr(self.objective, "state_dict"):
+            state |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
+        return state
+
+    def _load_local_state(self, reader: checkpoint.CheckpointReader) -> None:
+        if reader.manifest["world_size"] != distributed.world_size():
+            return  # nothing a step depends on, but for a queue, which fills again
+        state = reader.local_state()
+        torch.set_rng_state(state["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in state:
+            torch.cuda.set_rng_state(state["rng.cuda"], self.device)
+        if hasattr(self.objective, "load_state_dict"):
+            prefix = "objective."
+            self.objective.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+
+    def _announce(self) -> None:
+        """Says what is about to run, and gives every rank the id of the one MLflow run."""
+        self.run_id = distributed.broadcast_object(self.tracker.wait_for_run_id(RUN_ID_SECONDS))
+        model: nn.Module = self._build_model(torch.device("meta"))
+        parameters = sum(p.numel() for p in model.parameters())
+        config = self.config
+        self.tracker.log_params(
+            {
+                **flatten(config.model_dump(mode="json")),
+                "world_size": distributed.world_size(),
+                "global_batch": self.global_batch,
+                "parameters": parameters,
+            }
+        )
+        self.tracker.log_artifact(self.run_dir / "config.yaml")
+        self._say(
+            f"{config.recipe}: {config.model.trunk}, {parameters / 1e6:.2f}M parameters, "
+            f"{config.sharding.strategy}, {distributed.world_size()} x {self.device.type}, "
+            f"{self.global_batch} images a step, from step {self.state.step} to "
+            f"{config.train.steps}\nrun folder {self.run_dir}, MLflow run "
+            f"{self.run_id or ('not known yet' if config.tracking.enabled else 'off')}"
+        )
+
+
+def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to start from, or None for a fresh run; protects a run that is there.
+
+    Raises:
+        UserError: without `--resume`, if `run_dir` already holds a run.
+        CheckpointError: if `--resume` names no checkpoint.
+    """
+    root = run_dir / "checkpoints"
+    if resume is not None:
+        return checkpoint.find(resume, root)
+    if saved := checkpoint.list_checkpoints(root):
+        raise UserError(
+            f"run.dir={run_dir} already holds a run, saved up to {saved[-1].name}: go on with "
+            "--resume auto or give another run.dir"
+        )
+    return None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

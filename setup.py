@@ -1,0 +1,53 @@
+"""Package metadata: its one home. Tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = {}
+for line in (ROOT / "seer_scale" / "__init__.py").read_text().splitlines():
+    if line.startswith("__version__"):
+        VERSION["version"] = line.split('"')[1]
+
+setup(
+    name="seer-scale",
+    version=VERSION["version"],
+    description="Self-supervised pretraining of billion-parameter RegNets, exact under sharding",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["seer_scale", "seer_scale.*"]),
+    package_data={"seer_scale": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "deepspeed>=0.19.8,<0.20",
+        "mlflow>=3.17,<4",
+        "safetensors>=0.5",
+        "pydantic>=2.10",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=12.2",
+        "braceexpand>=0.1.7",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # SEER's own engine; needs CUDA.
+        "fairscale": ["fairscale==0.4.13"],
+        # The photographs of `make demo`.
+        "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
+        "dev": [
+            "mypy>=2",
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "ruff>=0.17",
+            "types-PyYAML",
+            "types-tqdm",
+            "webdataset>=1.0",
+            "scipy>=1.14",
+        ],
+    },
+)

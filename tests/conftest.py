@@ -1,0 +1,108 @@
+"""Shared fixtures: a pool of gloo processes in which a function runs on every rank at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+SECONDS = 180  # a rank that answers no sooner hangs in a collective
+
+# Read by torch at import; more threads than cores make multi-process tests slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`world_size` processes that share a gloo group and wait for work."""
+
+    def __init__(self, world_size: int) -> None:
+        context = get_context("spawn")
+        port = free_port()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, theirs), daemon=True
+            )
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results: list[Any] = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(SECONDS):
+                raise TimeoutError(f"rank {rank} did not answer within {SECONDS} s")
+            good, value = pipe.recv()
+            if not good:
+                raise AssertionError(f"rank {rank} raised:\n{value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[dict[int, Pool]]:
+    pools: dict[int, Pool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def distributed(_pools: dict[int, Pool]) -> Callable[..., list[Any]]:
+    """`distributed(function, world_size, *args)` -> what the function returned on each rank."""
+
+    def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        pool = _pools.get(world_size) or _pools.setdefault(world_size, Pool(world_size))
+        try:
+            return pool.run(function, *args)
+        except BaseException:
+            # The other ranks may wait in a collective that will never end.
+            _pools.pop(world_size).close()
+            raise
+
+    return run

@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter
+from scipy.stats import ks_2samp, kstest
+from torchvision import transforms
+
+from seer_scale.data.augment import MEAN, STD, CropParameters, MultiCrop, apply, cut
+from seer_scale.data.order import sample_rng
+from seer_scale.errors import ConfigError
+
+DRAWS = 2000
+P_VALUE = 1e-4  # seeds are fixed: a failure is a changed distribution, not bad luck
+
+
+@pytest.fixture(scope="module")
+def image():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((150, 120), Image.Resampling.BICUBIC)
+
+
+def draws(multi_crop, width=150, height=120):
+    return [p for i in range(DRAWS) for p in multi_crop.draw(sample_rng(5, 0, i), width, height)]
+
+
+@pytest.mark.parametrize("scale", [(0.14, 1.0), (0.05, 0.14)])
+@pytest.mark.parametrize(("width", "height"), [(150, 120), (40, 200), (300, 30)])
+def test_boxes_are_distributed_as_torchvisions(scale, width, height):
+    torch.manual_seed(0)
+    blank = Image.new("RGB", (width, height))
+    expected = np.array(
+        [
+            transforms.RandomResizedCrop.get_params(blank, scale, (3 / 4, 4 / 3))
+            for _ in range(DRAWS)
+        ]
+    )
+    boxes = np.array([p.box for p in draws(MultiCrop((8,), (1,), (scale,)), width, height)])
+    left, top, right, bottom = boxes.T
+    assert boxes.min() >= 0
+    assert right.max() <= width
+    assert bottom.max() <= height
+    for ours, theirs in zip((top, left, bottom - top, right - left), expected.T, strict=True):
+        assert ks_2samp(ours, theirs).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.5])
+def test_jitter_is_distributed_as_torchvisions(strength):
+    torch.manual_seed(0)
+    reference = transforms.ColorJitter(*(strength * s for s in (0.8, 0.8, 0.8, 0.2)))
+    ranges = (reference.brightness, reference.contrast, reference.saturation, reference.hue)
+    expected = [transforms.ColorJitter.get_params(*ranges) for _ in range(DRAWS)]
+    crops = draws(MultiCrop((8,), (1,), ((0.14, 1.0),), color_distortion=strength))
+    jittered = [p for p in crops if p.jitter]
+    for which in range(4):
+        ours = [p.jitter[which] for p in jittered]
+        theirs = [parameters[1 + which] for parameters in expected]
+        assert ks_2samp(ours, theirs).pvalue > P_VALUE
+    orders, counts = np.unique([p.jitter_order for p in jittered], axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert counts.min() > 0.5 * len(jittered) / 24
+
+
+def test_probabilities_and_blur_are_the_published_ones():
+    crops = draws(MultiCrop((8,), (1,), ((0.14, 1.0),)))
+
+    def share(flags):
+        return np.mean(list(flags))
+
+    # 5 standard deviations of a share of 2000 are at most 0.056
+    assert share(p.flip for p in crops) == pytest.approx(0.5, abs=0.056)
+    assert share(p.jitter is not None for p in crops) == pytest.approx(0.8, abs=0.056)
+    assert share(p.grayscale for p in crops) == pytest.approx(0.2, abs=0.056)
+    assert share(p.blur > 0 for p in crops) == pytest.approx(0.5, abs=0.056)
+    radii = [p.blur for p in crops if p.blur]
+    assert kstest(radii, "uniform", args=(0.1, 1.9)).pvalue > P_VALUE
+
+
+def test_choices_of_one_crop_are_independent():
+    crops = draws(MultiCrop((8,), (1,), ((0.14, 1.0),)))
+    table = np.array(
+        [
+            (*p.box, p.flip, p.jitter is not None, *(p.jitter or (1, 1, 1, 0)), p.grayscale, p.blur)
+            for p in crops
+        ]
+    )
+    correlation = np.corrcoef(table[:, 4:].T)
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 5 / np.sqrt(DRAWS)
+
+
+def test_zero_strengths_switch_off():
+    crops = draws(MultiCrop((8,), (1,), ((1.0, 1.0),), color_distortion=0, blur_probability=0))
+    assert all(p.jitter is None and p.blur == 0 for p in crops)
+
+
+def test_cut_equals_torchvisions_resized_crop(image):
+    multi_crop = MultiCrop((64, 32), (2, 4))
+    for index in range(20):
+        for p in multi_crop.draw(sample_rng(0, 0, index), *image.size):
+            left, top, right, bottom = p.box
+            expected = F.resized_crop(
+                image, top, left, bottom - top, right - left, [p.size, p.size]
+            )
+            expected = F.hflip(expected) if p.flip else expected
+            assert np.array_equal(np.asarray(cut(image, p)), np.asarray(expected))
+
+
+def reference(image, p: CropParameters):
+    """SwAV's composition, spelled with torchvision and PIL."""
+    left, top, right, bottom = p.box
+    crop = F.resized_crop(
+        image,
+        top,
+        left,
+        bottom - top,
+        right - left,
+        [p.size, p.size],
+        transforms.InterpolationMode.BILINEAR,
+    )
+    if p.flip:
+        crop = F.hflip(crop)
+    if p.jitter:
+        brightness, contrast, saturation, hue = p.jitter
+        for which in p.jitter_order:
+            if which == 0:
+                crop = F.adjust_brightness(crop, brightness)
+            elif which == 1:
+                crop = F.adjust_contrast(crop, contrast)
+            elif which == 2:
+                crop = F.adjust_saturation(crop, saturation)
+            else:
+                crop = F.adjust_hue(crop, hue)
+    if p.grayscale:
+        crop = F.to_grayscale(crop, 3)
+    if p.blur:
+        crop = crop.filter(ImageFilter.GaussianBlur(radius=p.blur))
+    return F.normalize(F.to_tensor(crop), MEAN, STD)
+
+
+def test_pipeline_equals_the_reference_composition(image):
+    multi_crop = MultiCrop((48, 24), (2, 3))
+    used = set()
+    for index in range(40):
+        parameters = multi_crop.draw(sample_rng(1, 0, index), *image.size)
+        expected = [reference(image, p) for p in parameters]
+        large, small = multi_crop(image, sample_rng(1, 0, index))
+        assert torch.equal(large, torch.stack(expected[:2]))
+        assert torch.equal(small, torch.stack(expected[2:]))
+        assert torch.equal(apply(image, parameters[0]), expected[0])
+        used |= {(p.flip, bool(p.jitter), p.grayscale, p.blur > 0) for p in parameters}
+    assert len(used) == 16  # every combination was compared
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (3, 2)])
+def test_tiny_and_thin_images_give_full_crops(size):
+    crops = MultiCrop((16, 8), (2, 2))(Image.new("RGB", size, (9, 99, 199)), sample_rng(0, 0, 0))
+    assert [tuple(c.shape) for c in crops] == [(2, 3, 16, 16), (2, 3, 8, 8)]
+    assert all(c.isfinite().all() for c in crops)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"counts": (2,)}, "crop_counts and data.crop_scales need one entry per resolution"),
+        ({"scales": ((0.5, 0.2), (0.1, 0.2))}, r"crop_scales has \[0.5, 0.2\]"),
+        ({"scales": ((0.5, 1.2), (0.1, 0.2))}, r"crop_scales has \[0.5, 1.2\]"),
+        ({"color_distortion": 3.0}, "color_distortion=3.0 is outside 0 to 2.5"),
+    ],
+)
+def test_impossible_settings_are_named(arguments, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        MultiCrop(**{"sizes": (64, 32), "counts": (2, 4), **arguments})

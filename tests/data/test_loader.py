@@ -1,0 +1,273 @@
+"""The order and content of micro-batches: whatever the ranks and workers, the same stream."""
+
+import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from seer_scale.data.augment import MultiCrop
+from seer_scale.data.loader import MAX_REPLACEMENTS, BadSample, build_loader
+from seer_scale.data.order import sample_at, sample_rng
+from seer_scale.errors import DataError
+
+IMAGES = 10
+TRANSFORM = MultiCrop((8, 4), (2, 3))
+
+
+def encode(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+class Memory:
+    """A source of byte strings; a missing one cannot be read."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def read(self, index):
+        if self.data[index] is None:
+            raise FileNotFoundError(2, "No such file or directory")
+        return self.data[index]
+
+    def name(self, index):
+        return f"image-{index}"
+
+    def label(self, index):
+        return None
+
+
+def picture(index):
+    pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Memory([encode(picture(index)) for index in range(IMAGES)])
+
+
+def loader(source, *, batch=4, accumulation=1, rank=0, world=1, first=0, workers=0, seed=3):
+    return build_loader(
+        source,
+        TRANSFORM,
+        seed=seed,
+        micro_batch_size=batch,
+        gradient_accumulation=accumulation,
+        rank=rank,
+        world_size=world,
+        first_sample=first,
+        workers=workers,
+    )
+
+
+def take(batches, count):
+    with batches:
+        return [next(batches) for _ in range(count)]
+
+
+def by_sample(micro_batch):
+    """`(id, crops of that sample)` for every sample of a crop-major micro-batch."""
+    size = len(micro_batch.sample_ids)
+    split = [crops.unflatten(0, (-1, size)) for crops in micro_batch.crops]
+    return [
+        (int(sample), [crops[:, place] for crops in split])
+        for place, sample in enumerate(micro_batch.sample_ids)
+    ]
+
+
+def assert_same(ones, others):
+    assert len(ones) == len(others)
+    for (one, crops), (other, other_crops) in zip(ones, others, strict=True):
+        assert one == other
+        assert all(torch.equal(a, b) for a, b in zip(crops, other_crops, strict=True))
+
+
+def stream(source, count):
+    """The first `count` samples, computed without a loader."""
+    samples = []
+    for position in range(count):
+        epoch, index = sample_at(position, size=len(source), seed=3)
+        samples.append((index, TRANSFORM(picture(index), sample_rng(3, epoch, index))))
+    return samples
+
+
+def test_batches_are_crop_major_and_follow_the_order(source):
+    batches = take(loader(source), 6)  # beyond two epochs
+    for batch in batches:
+        assert [tuple(c.shape) for c in batch.crops] == [(8, 3, 8, 8), (12, 3, 4, 4)]
+        assert all(c.dtype == torch.float32 and c.is_contiguous() for c in batch.crops)
+        assert batch.sample_ids.dtype == torch.int64
+        assert batch.bad == []
+    assert_same([s for batch in batches for s in by_sample(batch)], stream(source, 24))
+
+
+def test_an_image_looks_different_in_every_epoch(source):
+    seen = {}
+    for sample, crops in [s for b in take(loader(source), 5) for s in by_sample(b)]:
+        seen.setdefault(sample, []).append(crops[0])
+    assert all(len(views) == 2 for views in seen.values())
+    assert not any(torch.equal(*views) for views in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "accumulation"),
+    [(1, 12, 1), (1, 4, 3), (2, 6, 1), (2, 3, 2), (3, 2, 2), (3, 4, 1), (4, 1, 3)],
+)
+def test_every_world_and_accumulation_gives_the_same_global_batches(
+    source, world, batch, accumulation
+):
+    steps = 2
+    ranks = [
+        take(
+            loader(source, batch=batch, accumulation=accumulation, rank=rank, world=world),
+            steps * accumulation,
+        )
+        for rank in range(world)
+    ]
+    in_order = [s for together in zip(*ranks, strict=True) for b in together for s in by_sample(b)]
+    assert_same(in_order, stream(source, 12 * steps))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(source, workers):
+    damaged = Memory([*source.data[:-1], b"broken"])
+    expected = take(loader(damaged), 6)
+    batches = take(loader(damaged, workers=workers), 6)
+    for one, other in zip(batches, expected, strict=True):
+        assert_same(by_sample(one), by_sample(other))
+        assert one.bad == other.bad
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_resume_from_a_cursor_equals_going_on(source, step):
+    whole = take(loader(source, world=2, rank=1, accumulation=2), 12)
+    resumed = take(loader(source, world=2, rank=1, accumulation=2, first=step * 16), 12 - 2 * step)
+    for one, other in zip(whole[2 * step :], resumed, strict=True):
+        assert_same(by_sample(one), by_sample(other))
+
+
+def test_global_generators_are_left_alone(source):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(loader(source), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_broken_images_are_replaced_named_and_counted(source):
+    data = list(source.data)
+    jpeg = encode(picture(0), "JPEG")
+    broken = {1: b"", 2: b"<html>", 5: jpeg[:-50], 8: None, 9: data[9][:200]}
+    causes = {
+        1: "zero bytes",
+        2: "not an image",
+        5: "truncated",
+        8: "unreadable: No such file or directory",
+        9: "truncated",
+    }
+    replacement = {1: 3, 2: 3, 5: 6, 8: 0, 9: 0}
+    for index, content in broken.items():
+        data[index] = content
+    runs = [take(loader(Memory(data), batch=5), 2) for _ in range(2)]
+
+    samples = [s for batch in runs[0] for s in by_sample(batch)]
+    expected_bad = []
+    for position, (used, crops) in enumerate(samples):
+        epoch, index = sample_at(position, size=IMAGES, seed=3)
+        assert used == replacement.get(index, index)
+        # augmented with the generator of the place that is filled
+        expected = TRANSFORM(picture(used), sample_rng(3, epoch, index))
+        assert all(torch.equal(a, b) for a, b in zip(crops, expected, strict=True))
+        if index in broken:
+            following = (i % IMAGES for i in range(index, index + IMAGES))
+            skipped = itertools.takewhile(broken.__contains__, following)
+            expected_bad += [BadSample(f"image-{i}", causes[i]) for i in skipped]
+    assert [bad for batch in runs[0] for bad in batch.bad] == expected_bad
+    assert all(len(batch.sample_ids) == 5 for batch in runs[0])
+    for one, other in zip(*runs, strict=True):
+        assert_same(by_sample(one), by_sample(other))
+        assert one.bad == other.bad
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_images_is_one_sentence(workers):
+    with (
+        loader(Memory([b"x"] * (MAX_REPLACEMENTS + 50)), workers=workers) as batches,
+        pytest.raises(DataError) as caught,
+    ):
+        next(batches)
+    assert str(caught.value).startswith(f"{MAX_REPLACEMENTS} images in a row cannot be used")
+    assert "image-" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_stop_signals_are_the_trainers_and_close_ends_the_workers(source):
+    batches = loader(source, workers=2)
+    next(batches)
+    workers = list(batches._iterator._workers)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(10):
+        next(batches)
+    assert all(worker.is_alive() for worker in workers)
+    batches.close()
+    batches.close()
+    assert not any(psutil.pid_exists(worker.pid) for worker in workers)
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+ORPHANING_TRAINER = textwrap.dedent(
+    """
+    import os, signal, sys
+    from seer_scale.data import MultiCrop, build_loader, open_source
+
+    if __name__ == "__main__":
+        batches = build_loader(
+            open_source(sys.argv[1]), MultiCrop((8,), (2,), ((0.1, 1.0),)), seed=0,
+            micro_batch_size=2, gradient_accumulation=1, rank=0, world_size=1, first_sample=0,
+            workers=2,
+        )
+        next(batches)
+        print(*(worker.pid for worker in batches._iterator._workers), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+)
+
+
+def test_workers_end_when_the_trainer_is_killed(source, tmp_path):
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes(source.data[index])
+    script = tmp_path / "trainer.py"
+    script.write_text(ORPHANING_TRAINER)
+    result = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in result.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, workers))

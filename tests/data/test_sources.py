@@ -1,0 +1,247 @@
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from seer_scale.data.sources import ImageFolder, open_source
+from seer_scale.data.tars import TarShards
+from seer_scale.errors import DataError
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def shard(path, first, count, **fields):
+    members = {}
+    for number in range(first, first + count):
+        members[f"{number:06d}.jpg"] = b"image %d" % number * (1 + number % 7 * 50)
+        members[f"{number:06d}.json"] = b"{}"
+        members.update({f"{number:06d}.{ending}": value for ending, value in fields.items()})
+    return write_tar(path, members)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for name in ("b/2.PNG", "b/1.jpg", "a/deep/3.Jpeg", "top.webp", "notes.txt", ".hidden/4.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def test_image_folder_is_sorted_and_labelled(folder):
+    source = open_source(folder)
+    assert isinstance(source, ImageFolder)
+    assert [source.read(i).decode() for i in range(len(source))] == [
+        "a/deep/3.Jpeg",
+        "b/1.jpg",
+        "b/2.PNG",
+        "top.webp",
+    ]
+    assert source.name(1) == str(folder / "b/1.jpg")
+    assert [source.label(i) for i in range(4)] == ["deep", "b", "b", None]
+
+
+def test_shards_are_read_at_random(tmp_path):
+    for number in range(3):
+        shard(tmp_path / f"s-{number:06d}.tar", number * 10, 10, cls=b"%d\n" % number)
+    source = open_source(tmp_path)
+    assert len(source) == 30
+    for index in (29, 3, 17, 3):
+        assert source.read(index) == b"image %d" % index * (1 + index % 7 * 50)
+        assert source.name(index) == f"{tmp_path}/s-{index // 10:06d}.tar/{index:06d}.jpg"
+        assert source.label(index) == index // 10
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("seer_scale.data.tars._OPEN_SHARDS", 2)
+    for number in range(5):
+        shard(tmp_path / f"{number}.tar", number, 1)
+    source = open_source(tmp_path)
+    for index in (0, 1, 2, 3, 4, 0, 2):
+        assert source.read(index).startswith(b"image %d" % index)
+    assert len(source._files) == 2
+
+
+def test_shards_pickle_small_and_without_open_files(tmp_path):
+    source = open_source(shard(tmp_path / "a.tar", 0, 1000))
+    assert source.read(5)
+    data = pickle.dumps(source)
+    assert len(data) < 100 * 1000  # bytes per image
+    assert pickle.loads(data).read(5) == source.read(5)
+
+
+def test_members_are_grouped_as_webdataset_does(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar",
+        {
+            "x/1.seg.png": b"mask",
+            "x/1.JPG": b"one",
+            "x/1.cls": b"cat",
+            "x/2.txt": b"no image",
+            "y/1.png": b"two",
+            "y/.DS_Store": b"",
+            "y/" + "long" * 60 + ".jpg": b"three",
+        },
+    )
+    source = open_source(path)
+    assert [source.read(i) for i in range(len(source))] == [b"one", b"two", b"three"]
+    assert [source.label(i) for i in range(3)] == ["cat", None, None]
+
+
+def test_patterns(tmp_path):
+    for number in range(4):
+        shard(tmp_path / f"part-{number:06d}.tar", number * 2, 2)
+
+    def count(pattern):
+        return len(open_source(f"{tmp_path}/{pattern}"))
+
+    assert count("part-000002.tar") == 2
+    assert count("part-{000000..000002}.tar") == 6
+    assert count("part-00000[13].tar") == 4
+    assert count("*.tar") == 8
+    assert count("{part-000003,part-00000?}.tar") == 10  # as the shell, in the order given
+    first = open_source(f"{tmp_path}/part-{{000003,000000}}.tar")
+    assert first.name(0).endswith("part-000003.tar/000006.jpg")
+
+
+def test_webdataset_reads_the_same_samples(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    path = shard(tmp_path / "a.tar", 0, 5, cls=b"3")
+    source = open_source(path)
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [s["jpg"] for s in samples] == [source.read(i) for i in range(5)]
+    assert [s["cls"] for s in samples] == [b"3"] * 5
+
+
+def test_truncated_at_any_place_is_noticed(tmp_path):
+    whole = shard(tmp_path / "whole.tar", 0, 4).read_bytes()
+    archive_end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    cut = tmp_path / "cut.tar"
+    for length in range(512, archive_end + 1, 256):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"cut\.tar"):
+            open_source(cut)
+
+
+def truncated_member(path):
+    data = write_tar(path / "t.tar", {"1.jpg": bytes(700), "2.jpg": bytes(5000)}).read_bytes()
+    (path / "t.tar").write_bytes(data[:4000])
+    return path / "t.tar"
+
+
+def truncated_end(path):
+    data = write_tar(path / "t.tar", {"1.jpg": bytes(512), "2.jpg": bytes(512)}).read_bytes()
+    (path / "t.tar").write_bytes(data[:2048])
+    return path / "t.tar"
+
+
+def damaged_header(path):
+    data = bytearray(write_tar(path / "d.tar", {"1.jpg": bytes(5), "2.jpg": bytes(5)}).read_bytes())
+    data[1024:1124] = b"#" * 100
+    (path / "d.tar").write_bytes(data)
+    return path / "d.tar"
+
+
+def mixed(path):
+    (path / "1.jpg").touch()
+    return shard(path / "1.tar", 0, 1).parent
+
+
+def text_file(path, name="a.tar"):
+    (path / name).write_text("no tar " * 200)
+    return path / name
+
+
+def one_of_pattern_missing(path):
+    shard(path / "a-0.tar", 0, 1)
+    return f"{path}/a-{{0..1}}.tar"
+
+
+def folder_of_text(path):
+    (path / "readme.txt").touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: "", "data.path is empty: give an image folder"),
+        (lambda path: path / "nowhere", "nowhere does not exist: give an image folder"),
+        (lambda path: path, "holds no images .* and no .tar shards"),
+        (folder_of_text, "holds no images .* and no .tar shards"),
+        (mixed, r"holds both images \(1.jpg\) and tar shards"),
+        (lambda path: f"{path}/*.tar", r"/\*.tar matches nothing"),
+        (lambda path: f"{path}/a-{{0..3}}.tar", r"names .*/a-0.tar, which does not exist"),
+        (one_of_pattern_missing, r"names .*/a-1.tar, which does not exist"),
+        (lambda path: f"{path}/a-{{0..3.tar", "a brace that is not closed"),
+        (text_file, "a.tar is not a plain tar file"),
+        (lambda path: text_file(path, "a.jpg"), "a.jpg is not a plain tar file"),
+        (lambda path: write_tar(path / "z.tar", {"1.jpg": b"1"}, "w:gz"), "unpacked first"),
+        (lambda path: write_tar(path / "n.tar", {"1.txt": b"1"}), "no images among its 1 members"),
+        (lambda path: write_tar(path / "e.tar", {}), "no images among its 0 members"),
+        (truncated_member, "t.tar is truncated in member 2.jpg: it is 4000 bytes long"),
+        (truncated_end, "t.tar is truncated after member 2.jpg: the end mark"),
+        (damaged_header, "d.tar is damaged after member 1.jpg"),
+    ],
+)
+def test_each_fault_has_its_sentence(tmp_path, make, sentence):
+    with pytest.raises(DataError, match=sentence) as caught:
+        open_source(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_zero_byte_shard_is_no_tar(tmp_path):
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(DataError, match=r"0\.tar is not a plain tar file"):
+        open_source(tmp_path)
+
+
+@contextmanager
+def unprivileged():
+    """Permissions do not bind root: acts as nobody for a while."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "subfolder", "shard"])
+def test_unreadable_paths_are_named(kind):
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    try:
+        if kind == "shard":
+            locked = target = shard(path / "a.tar", 0, 1)
+        else:
+            target = path / "images"
+            locked = target if kind == "folder" else target / "sub"
+            locked.mkdir(parents=True)
+        locked.chmod(0)
+        with unprivileged(), pytest.raises(DataError) as caught:
+            open_source(target)
+        assert str(locked) in str(caught.value)
+        assert "permission denied" in str(caught.value)
+    finally:
+        locked.chmod(0o755)
+        shutil.rmtree(path)
+
+
+def test_shards_type(tmp_path):
+    assert isinstance(open_source(shard(tmp_path / "a.tar", 0, 1)), TarShards)

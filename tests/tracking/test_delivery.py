@@ -1,0 +1,445 @@
+"""Spool to MLflow with the real thing: an embedded database, a real server, real kills.
+
+Every sender is a process that imports mlflow (seconds); the scenarios are few and long for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+
+from seer_scale.errors import UserError
+from seer_scale.load import load
+from seer_scale.models import build_trunk
+from seer_scale.serving import export_trunk
+from seer_scale.tracking import Tracker, sender, start_tracking
+from seer_scale.tracking.lock import holder
+from seer_scale.tracking.quiet import quieten
+from tests.conftest import free_port
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).parents[2]
+SECRET = "correct-horse"
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """The sender's code tells mlflow its server through the environment."""
+    before = dict(os.environ)
+    quieten()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+class Server:
+    """A real `mlflow server` that can be killed and started again at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        places = {
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--backend-store-uri": f"sqlite:///{self.folder}/server.db",
+            "--artifacts-destination": str(self.folder / "server-artifacts"),
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *(word for pair in places.items() for word in pair)],
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def uri(self, userinfo: str = "") -> str:
+        return f"http://{userinfo}127.0.0.1:{self.port}"
+
+    def healthy(self) -> bool:
+        try:
+            with urlopen(self.uri() + "/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    running = Server(folder)
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="module")
+def database(folder: Path, server: Server) -> str:
+    """The embedded default; the server (another database) starts up in the meantime."""
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this took too long"
+        time.sleep(0.05)
+
+
+def start(
+    run_dir: Path, uri: str, *, drain_s: float = 60.0, system_metrics: bool = False
+) -> Tracker:
+    return start_tracking(
+        run_dir,
+        uri=uri,
+        experiment="tests",
+        registered_name="seer-tests",
+        run_name=run_dir.name,
+        system_metrics=system_metrics,
+        drain_s=drain_s,
+    )
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every point on the server, duplicates and all."""
+    return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
+
+
+def pickles(folder: Path) -> list[Path]:
+    """Files that unpickle: by name, and by the opcode that every pickle since 2003 starts with."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    names = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+    return [p for p in files if p.suffix in names or p.read_bytes()[:1] == b"\x80"]
+
+
+@pytest.fixture(scope="module")
+def life(database: str, folder: Path) -> Tracker:
+    """A run in the embedded database, from its first line to its last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        tracker = start(folder / "life", database, system_metrics=True)
+    run_dir = tracker.run_dir
+    tracker.log_params({f"section.key_{i}": i for i in range(150)})
+    tracker.log_params({"long": "x" * 7000, "odd name?": 1})
+    for step in range(1500):
+        tracker.log_metrics({"loss": 1 / (step + 1), "lr": 0.1 * step}, step)
+    tracker.log_metrics({"loss": math.nan, "lr": math.inf, "odd name?": 1.0}, 1500)
+    # What the server or the disk refuses for good costs itself only.
+    tracker.log_metrics({"/": 1.0, "lost_with_it": 1.0}, 1501)
+    tracker.log_artifact(run_dir / "never_written.png")
+    tracker.log_metrics({"loss": 0.25}, 1502)
+    (run_dir / "config.yaml").write_text("train:\n")
+    tracker.log_artifact(run_dir / "config.yaml", "config")
+    torch.manual_seed(0)
+    trunk = build_trunk("regnety_debug")
+    for step, aliases in ((500, ["best", "latest"]), (1500, ["latest"])):
+        trunk(torch.randn(4, 3, 64, 64))  # other BatchNorm statistics, so other features
+        exported = run_dir / "checkpoints" / f"step_{step:08d}" / "trunk"
+        export_trunk(trunk, exported, trunk="regnety_debug", step=step)
+        tracker.log_model(exported, step=step, tags={"loss": 0.5}, aliases=aliases)
+    assert tracker.wait_for_run_id(120)
+    time.sleep(3)  # for the system metrics, sampled every second here
+    assert tracker.close(wait_s=120)
+    return tracker
+
+
+def test_everything_arrives(life: Tracker, database: str) -> None:
+    assert life.run_id is not None
+    run = client(database).get_run(life.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "life")
+    assert len(client(database).search_runs([run.info.experiment_id])) == 1
+    assert len(run.data.params) == 152
+    assert run.data.params["section.key_149"] == "149"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["odd name_"] == "1"
+    losses = history(database, life.run_id, "loss")
+    assert losses[:1500] == [(step, 1 / (step + 1)) for step in range(1500)]
+    assert [step for step, _ in losses[1500:]] == [1500, 1502]
+    assert math.isnan(losses[1500][1])
+    # MLflow keeps an infinity as the largest float.
+    assert history(database, life.run_id, "lr")[-1] == (1500, sys.float_info.max)
+    assert any(key.startswith("system/") for key in run.data.metrics)
+    paths = {item.path for item in client(database).list_artifacts(life.run_id)}
+    assert paths == {"environment.txt", "config"}
+    environment = (life.folder / "environment.txt").read_text()
+    assert f"\ntorch=={version('torch')}\n" in environment
+
+
+def test_what_is_refused_is_written_down(life: Tracker) -> None:
+    lines = (life.folder / "rejected.jsonl").read_text().splitlines()
+    refused = [json.loads(line) for line in lines]
+    assert [entry["event"]["kind"] for entry in refused] == ["metrics", "artifact"]
+    assert "never_written.png is gone" in refused[1]["reason"]
+
+
+def test_models_are_registered_and_hold_no_pickle(
+    life: Tracker, database: str, folder: Path
+) -> None:
+    registry = client(database)
+    newest, best = (
+        registry.get_model_version_by_alias("seer-tests", alias) for alias in ("latest", "best")
+    )
+    assert (newest.version, best.version) == ("2", "1")
+    assert (best.tags["step"], best.tags["loss"], best.tags["trunk"]) == (
+        "500",
+        "0.5",
+        "regnety_debug",
+    )
+    assert best.run_id == life.run_id
+    model = registry.get_logged_model(newest.model_id)
+    assert str(model.status) == "READY"
+    assert model.source_run_id == life.run_id
+    assert pickles(folder / "mlartifacts") == []
+    assert not (life.folder / "scratch").exists() or not any((life.folder / "scratch").iterdir())
+
+
+def test_every_way_to_load_gives_the_same_features(life: Tracker, database: str) -> None:
+    import mlflow
+
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = load(life.run_dir)(images).numpy()
+        first = load(life.run_dir / "checkpoints" / "step_00000500")(images).numpy()
+        found = {
+            name: load(f"models:/seer-tests{name}", tracking_uri=database)(images).numpy()
+            for name in ("@latest", "@best", "/2")
+        }
+    mlflow.set_tracking_uri(database)
+    try:
+        served = mlflow.pyfunc.load_model("models:/seer-tests@latest")
+        with torch.inference_mode():
+            found["set_tracking_uri"] = load("models:/seer-tests@latest")(images).numpy()
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert not np.array_equal(expected, first)
+    np.testing.assert_array_equal(served.predict(images.numpy()), expected)
+    np.testing.assert_array_equal(found.pop("@best"), first)
+    for features in found.values():
+        np.testing.assert_array_equal(features, expected)
+    inputs, outputs = served.metadata.signature.inputs, served.metadata.signature.outputs
+    assert inputs.inputs[0].shape == (-1, 3, -1, -1)
+    assert outputs.inputs[0].shape == (-1, expected.shape[1])
+
+
+def test_a_model_loads_where_the_package_is_not_installed(
+    life: Tracker, database: str, tmp_path: Path
+) -> None:
+    code = (
+        "import mlflow, numpy, sys, seer_scale_is_absent\n"
+        "model = mlflow.pyfunc.load_model('models:/seer-tests@latest')\n"
+        "print(model.predict(numpy.zeros((1, 3, 32, 32), 'float32')).shape)\n"
+        "import seer_scale; print(seer_scale.__file__)"
+    )
+    # Hides an installed package from the default search; only a folder put on sys.path finds it.
+    (tmp_path / "seer_scale_is_absent.py").write_text(
+        "import importlib.util, sys\n"
+        "spec = importlib.util.find_spec('seer_scale')\n"
+        "root = spec and spec.submodule_search_locations[0].rpartition('/')[0]\n"
+        "sys.path[:] = [path for path in sys.path if path != root]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "sys.path_importer_cache.clear()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_TRACKING_URI": database, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str((1, build_trunk("regnety_debug", device="meta").width)) in done.stdout
+    assert "/code/seer_scale/__init__.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "uri", "sentence"),
+    [
+        ("models:/seer-tests@none", None, "alias none not found"),
+        ("models:/nobody/1", None, "nobody not found"),
+        ("models:/seer-tests@latest", "http://127.0.0.1:9", "127.0.0.1:9 does not answer"),
+        ("models:/seer-tests@latest", "sqlite:////nowhere/x.db", "x.db does not answer"),
+    ],
+)
+def test_a_model_that_is_not_there_gets_a_sentence(
+    life: Tracker, database: str, source: str, uri: str | None, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load(source, tracking_uri=uri or database)
+
+
+def test_a_sender_killed_in_mid_send_costs_and_doubles_nothing(
+    life: Tracker, database: str, folder: Path
+) -> None:
+    tracker = start(folder / "killed-sender", database)
+    exported = life.run_dir / "checkpoints" / "step_00000500" / "trunk"
+    tracker.log_model(exported, step=500)
+    for step in range(8000):
+        tracker.log_metrics({"loss": 1 / (step + 1), "lr": 0.1, "norm": step}, step)
+    size = (tracker.folder / "spool.jsonl").stat().st_size
+    sent = tracker.folder / "sent.json"
+    until(lambda: sent.exists() and json.loads(sent.read_text())["offset"] > size // 4)
+    pid = holder(tracker.folder)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: holder(tracker.folder) is None)
+    before = json.loads(sent.read_text())
+    assert before["offset"] < size
+    # As if it had died between the request that registered the model and writing that down.
+    sent.write_text(json.dumps({**before, "offset": 0, "steps": {}}))
+
+    outcome = sender.sync(tracker.run_dir)
+    assert (outcome.left, outcome.rejected, outcome.run_id) == (0, 0, before["run_id"])
+    for key, value in (("loss", lambda s: 1 / (s + 1)), ("norm", float)):
+        assert history(database, before["run_id"], key) == [(s, value(s)) for s in range(8000)]
+    versions = client(database).search_model_versions(f"run_id = '{before['run_id']}'")
+    assert len(versions) == 1
+    assert client(database).get_run(before["run_id"]).info.status == "KILLED"
+    # It was the sender that was killed, not the run; its end arrives as it was.
+    assert tracker.close() is False
+    assert sender.sync(tracker.run_dir).left == 0
+    assert client(database).get_run(before["run_id"]).info.status == "FINISHED"
+
+
+def test_a_server_that_accepts_and_never_answers_slows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracker = start(tmp_path / "run", uri, drain_s=0.0)
+        assert durations(tracker, range(500)) < 5e-3
+        log = tracker.folder / "sender.log"
+        until(lambda: "not sent, next attempt" in log.read_text())
+        assert durations(tracker, range(500, 1000)) < 5e-3
+        began = time.monotonic()
+        assert tracker.close(wait_s=0.5) is False
+        assert time.monotonic() - began < 2
+        until(lambda: holder(tracker.folder) is None)
+    assert tracker.run_id is None
+    monkeypatch.setattr(sender, "SYNC_ATTEMPTS", 1)
+    outcome = sender.sync(tracker.run_dir)  # the socket is gone: connections are refused now
+    assert (outcome.sent, outcome.left) == (0, 1003)
+    assert outcome.reason
+
+
+def durations(tracker: Tracker, steps: range) -> float:
+    """Seconds that 95 of 100 calls stay under; on a shared machine any process may be preempted."""
+    times = []
+    for step in steps:
+        began = time.perf_counter()
+        tracker.log_metrics({"loss": 1 / (step + 1), "lr": 0.1}, step)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[int(0.95 * len(times))]
+
+
+def test_a_server_killed_in_mid_run_gets_everything_later(server: Server, folder: Path) -> None:
+    until(server.healthy)
+    run_dir = folder / "killed-server"
+    tracker = start(run_dir, server.uri(f"someone:{SECRET}@"), drain_s=0.0)
+    tracker.log_params({"lr": 0.1, "trunk": "regnety_debug"})
+    exported = run_dir / "checkpoints" / "step_00000009" / "trunk"
+    export_trunk(build_trunk("regnety_debug"), exported, trunk="regnety_debug", step=9)
+    tracker.log_model(exported, step=9, aliases=["best"])
+    durations(tracker, range(100))
+    until(tracker.all_sent)
+    run_id = tracker.run_id
+    assert pickles(folder / "server-artifacts") == []
+
+    server.kill()
+    assert durations(tracker, range(100, 400)) < 5e-3
+    assert tracker.close(wait_s=1) is False
+    until(lambda: holder(tracker.folder) is None)
+    server.start()
+    until(server.healthy)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "sync.py"), str(run_dir)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{run_dir}: 301 events sent, 0 left, run {run_id}\n"
+    assert run_id is not None
+    expected = [(step, 1 / (step + 1)) for step in range(400)]
+    assert history(server.uri(), run_id, "loss") == expected
+    assert client(server.uri()).get_run(run_id).info.status == "FINISHED"
+
+    # A resumed run continues the same one, and repeats the steps after its last checkpoint.
+    resumed = start(run_dir, server.uri(f"someone:{SECRET}@"))
+    assert resumed.run_id == run_id
+    resumed.log_params({"lr": 0.2, "trunk": "regnety_debug", "new": 1})
+    durations(resumed, range(350, 450))
+    assert resumed.close(wait_s=120)
+    run = client(server.uri()).get_run(run_id)
+    assert run.data.params == {"lr": "0.1", "trunk": "regnety_debug", "new": "1"}
+    assert run.data.tags["resumed.lr"] == "0.2"
+    assert run.info.status == "FINISHED"
+    expected = [(step, 1 / (step + 1)) for step in range(450)]
+    assert history(server.uri(), run_id, "loss") == expected
+    assert len(client(server.uri()).search_model_versions(f"run_id = '{run_id}'")) == 1
+    with_secret = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and SECRET.encode() in path.read_bytes()
+    ]
+    assert with_secret == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["nowhere"], 1, "nowhere is no folder of a tracked run"),
+        ([], 2, "RUN_DIR"),
+        (["--help"], 0, "Exits with 0 when nothing is left to send"),
+    ],
+)
+def test_sync_says_what_is_wrong(arguments: list[str], status: int, sentence: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "sync.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    assert sentence in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
