@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = {}
+VERSION: dict[str, str] = {}
 for line in (ROOT / "seer_scale" / "__init__.py").read_text().splitlines():
     if line.startswith("__version__"):
         VERSION["version"] = line.split('"')[1]
@@ -32,6 +32,7 @@ setup(
         "pillow>=12.2",
         "braceexpand>=0.1.7",
         "matplotlib>=3.9",
+        "psutil>=6",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -20,6 +20,7 @@ from seer_scale.recipe import Arguments, parse  # noqa: E402
 def run(arguments: Arguments) -> bool:
     """Checks everything that can be checked, then trains; whether the last step was reached."""
     config = arguments.config
+    is_main = os.environ.get("RANK", "0") == "0"
     ds_config = None
     if config.sharding.deepspeed_config is not None:
         path = Path(config.sharding.deepspeed_config)
@@ -31,16 +32,20 @@ def run(arguments: Arguments) -> bool:
         )
 
     # torch is first imported here: a mistyped key above is answered at once.
+    from seer_scale import build, checkpoint
     from seer_scale.data import open_source
     from seer_scale.models.regnet import trunk_config
     from seer_scale.objectives import check_options
     from seer_scale.parallel import distributed
-    from seer_scale.trainer import Trainer, choose_checkpoint
+    from seer_scale.trainer import Trainer
 
     trunk_config(config.model.trunk)
     crops = sum(config.data.crop_counts)
     check_options(config.objective.name, config.objective.options, crops=crops)
-    resume = choose_checkpoint(arguments.resume, Path(config.run.dir))
+    build.transform_of(config)
+    resume = checkpoint.choose(arguments.resume, Path(config.run.dir))
+    if arguments.resume == "auto" and resume is None and is_main:
+        print(f"--resume auto: {config.run.dir} holds no checkpoint, so this run starts afresh")
     source = open_source(config.data.path)
 
     device = distributed.init()

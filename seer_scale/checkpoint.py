@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seer_scale.errors import CheckpointError
+from seer_scale.errors import CheckpointError, UserError
 from seer_scale.optim import Slice
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
@@ -148,6 +148,24 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def choose(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint a run starts from, or None for a fresh one; protects a run that is there.
+
+    Raises:
+        UserError: without `--resume`, if `run_dir` already holds a run.
+        CheckpointError: if `--resume` names no checkpoint.
+    """
+    root = run_dir / "checkpoints"
+    if resume is not None:
+        return find(resume, root)
+    if saved := list_checkpoints(root):
+        raise UserError(
+            f"run.dir={run_dir} already holds a run, saved up to {saved[-1].name}: go on with "
+            "--resume auto or give another run.dir"
+        )
+    return None
 
 
 def find(resume: str, root: Path) -> Path | None:

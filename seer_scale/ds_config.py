@@ -158,7 +158,11 @@ def resolve_ds_config(
             )
     _check_zero(raw.get("zero_optimization"), path)
     kept = {key: value for key, value in raw.items() if key not in REFUSED}
-    return {**kept, **{key: number for key, (number, _) in owned.items()}}
+    zero = dict(raw["zero_optimization"])
+    if zero["stage"] in (1, 2) and "offload_optimizer" not in zero:
+        zero["compute_grad_norm"] = False  # our optimizer knows it; theirs takes a collective each
+    numbers = {key: number for key, (number, _) in owned.items()}
+    return {**kept, **numbers, "zero_optimization": zero}
 
 
 def _owned(config: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:

@@ -7,9 +7,9 @@ all-reduce away. Everything acts on the float32 master, so every engine propagat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ class SliceSGD(torch.optim.Optimizer):
         self.trust_coefficient = trust_coefficient
         self.shards = shards
         self._squared_grad_norms: list[Tensor] = []
+        self._norms: dict[str, Tensor] = {}  # [value norm, gradient norm] of the coming step
 
     def slices(self) -> Iterator[Slice]:
         """This rank's slices, in parameter order; those that are padding only are left out."""
@@ -112,43 +113,78 @@ class SliceSGD(torch.optim.Optimizer):
                         self._momentum(parameter).view(-1)[:length],
                     )
 
+    @torch.no_grad()
+    def reduce_norms(self, gradients: Mapping[str, Sequence[Tensor]]) -> None:
+        """Reduces the norms of a whole step at once, for engines that step tensor by tensor.
+
+        Optional: without it every `step` reduces the norms of the tensors it is given.
+
+        Args:
+            gradients: by tensor name this rank's slice of the gradient, in consecutive pieces.
+        """
+        present = self._present(lambda group, _: group["name"] in gradients)
+        values = [self._valid(group, parameter, parameter) for group, parameter in present]
+        grads = [
+            self._valid(group, parameter, torch.cat([g.view(-1) for g in gradients[group["name"]]]))
+            for group, parameter in present
+        ]
+        if present:
+            norms = self._whole_norms(values, grads)  # [2, tensors]
+            names = [group["name"] for group, _ in present]
+            self._norms = dict(zip(names, norms.unbind(1), strict=True))
+
     def take_grad_norm(self) -> Tensor:
         """Norm of the last step's gradient over all tensors that were free to move, [] float32."""
-        total = torch.stack(self._squared_grad_norms).sum() if self._squared_grad_norms else None
-        self._squared_grad_norms = []
-        return total.sqrt() if total is not None else torch.zeros(())
+        squares, self._squared_grad_norms = self._squared_grad_norms, []
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every tensor that has a gradient.
 
-        ZeRO calls this once per tensor and empties the other groups, DDP once for all: norms are
-        reduced together for whatever is present.
+        ZeRO calls this once per tensor and empties the other groups, DDP once for all: norms not
+        yet known are reduced together for whatever is present.
         """
         del closure
-        present = [
-            (group, parameter)
-            for group in self.param_groups
-            if not group["frozen"]
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        present = self._present(lambda _, parameter: parameter.grad is not None)
         if not present:
             return
-        lengths = [self._extent(group, parameter)[1] for group, parameter in present]
-        values = [p.view(-1)[:n] for (_, p), n in zip(present, lengths, strict=True)]
-        grads = [p.grad.view(-1)[:n] for (_, p), n in zip(present, lengths, strict=True)]
-        norms = self._whole_norms(values, grads)  # [2, tensors]
+        values = [self._valid(group, parameter, parameter) for group, parameter in present]
+        grads = [self._valid(group, p, cast(Tensor, p.grad)) for group, p in present]
+        names = [group["name"] for group, _ in present]
+        if all(name in self._norms for name in names):
+            norms = torch.stack([self._norms.pop(name) for name in names], dim=1)
+        else:
+            norms = self._whole_norms(values, grads)  # [2, tensors]
         self._squared_grad_norms.append(norms[1].square().sum())
         decay = [group["weight_decay"] for group, _ in present]
         on_grad, on_value = self._coefficients(norms, decay, present[0][0]["eps"])
         for index, (group, parameter) in enumerate(present):
-            value, momentum = values[index], self._momentum(parameter).view(-1)[: lengths[index]]
+            value, momentum = (
+                values[index],
+                self._valid(group, parameter, self._momentum(parameter)),
+            )
             update = grads[index] * on_grad[index] + value * on_value[index]
             momentum.mul_(group["momentum"]).add_(update)
             value.sub_(momentum, alpha=group["lr"])
             if group["unit_rows"]:
                 self._normalise_rows(group, parameter)
+
+    def _present(
+        self, wanted: Callable[[dict[str, Any], Tensor], bool]
+    ) -> list[tuple[dict[str, Any], Tensor]]:
+        """The tensors of this call that are free to move."""
+        return [
+            (group, parameter)
+            for group in self.param_groups
+            if not group["frozen"]
+            for parameter in group["params"]
+            if wanted(group, parameter)
+        ]
+
+    def _valid(self, group: dict[str, Any], parameter: Tensor, tensor: Tensor) -> Tensor:
+        """`tensor`, shaped like this rank's slice, as a flat view without the padding."""
+        return tensor.view(-1)[: self._extent(group, parameter)[1]]
 
     def _whole_norms(self, values: list[Tensor], grads: list[Tensor]) -> Tensor:
         norms = torch.stack([*torch._foreach_norm(values), *torch._foreach_norm(grads)])

@@ -18,25 +18,25 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from seer_scale import checkpoint, recipe
+from seer_scale import build, checkpoint, recipe
 from seer_scale.config import RunConfig
-from seer_scale.data import BadSample, MicroBatch, MultiCrop, Source, build_loader
+from seer_scale.data import BadSample, MicroBatch, Source
 from seer_scale.errors import UserError
-from seer_scale.models import build_model, initialise
+from seer_scale.models import initialise
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import PROTOTYPES, shard
 from seer_scale.progress import Progress
+from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
 from seer_scale.records import Records
-from seer_scale.schedules import learning_rate, prototypes_frozen, scaled_lr, warmup_start
-from seer_scale.tracking import NullTracker, Tracker, start_tracking
+from seer_scale.schedules import prototypes_frozen
 
 COLLAPSE_WINDOW = 50  # steps that a verdict is averaged over
 SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
-RUN_ID_SECONDS = 15.0  # a tracking server that takes longer is waited for no more
+RUN_ID_SECONDS = 30.0  # a tracking server that takes longer is waited for no more
 TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
 
 
@@ -76,17 +76,14 @@ class Trainer:
     ) -> None:
         self.config, self.device = config, device
         self.run_dir = Path(config.run.dir)
-        world = distributed.world_size()
-        self.global_batch = (
-            config.train.micro_batch_size * config.train.gradient_accumulation * world
-        )
-        self.tracker = self._start_tracking()
-        torch.manual_seed(config.run.seed * world + distributed.rank())
+        self.global_batch = build.global_batch(config)
+        self.tracker = build.tracker_of(config)
+        seed_rank(config.run.seed, distributed.rank())
 
         reader = checkpoint.CheckpointReader(resume) if resume else None
         self.state = TrainState(**reader.manifest["state"]) if reader else TrainState()
         self.engine = shard(
-            self._build_model,
+            partial(build.model_of, config),
             reader.fill if reader else partial(initialise, seed=config.run.seed),
             config,
             ds_config,
@@ -99,18 +96,9 @@ class Trainer:
         )
         if reader:
             reader.fill_momentum(self.engine.slices())
-            self._load_local_state(reader)
-        self.batches = build_loader(
-            source,
-            self._build_transform(),
-            seed=config.run.seed,
-            micro_batch_size=config.train.micro_batch_size,
-            gradient_accumulation=config.train.gradient_accumulation,
-            rank=distributed.rank(),
-            world_size=world,
-            first_sample=self.state.samples_seen,
-            workers=config.data.workers,
-        )
+            if reader.manifest["world_size"] == distributed.world_size():
+                load_rank_state(reader.local_state(), self.objective, device)
+        self.batches = build.batches_of(config, source, self.state.samples_seen)
         self.records = self._open_records()
         self.progress = (
             Progress(config.train.steps, self.state.step) if distributed.is_main() else None
@@ -169,19 +157,13 @@ class Trainer:
         }, stop
 
     def _apply_schedules(self) -> None:
-        step, optim = self.state.step, self.config.optim
-        peak = optim.lr or scaled_lr(optim.base_lr, self.global_batch)
-        lr = learning_rate(
-            step,
-            total_steps=self.config.train.steps,
-            warmup_steps=optim.warmup_steps,
-            start=warmup_start(peak, nodes=distributed.nodes(), floor=peak * optim.end_lr_ratio),
-            peak=peak,
-            end=peak * optim.end_lr_ratio,
-            schedule=optim.schedule,
+        step = self.state.step
+        still = prototypes_frozen(step, self.config.optim.freeze_prototypes_steps)
+        apply_schedule(
+            self.engine.param_groups,
+            lr=build.learning_rate_of(self.config, step),
+            frozen=PROTOTYPES if still else frozenset(),
         )
-        still = prototypes_frozen(step, optim.freeze_prototypes_steps)
-        apply_schedule(self.engine.param_groups, lr=lr, frozen=PROTOTYPES if still else frozenset())
 
     def _reduce(
         self, sums: Mapping[str, Tensor], micro_batches: list[MicroBatch]
@@ -244,9 +226,12 @@ class Trainer:
             slices=self.engine.slices(),
             writes_slices=self.engine.writes_slices,
             model=self.engine.model,
-            local_state=self._local_state(),
+            local_state=rank_state(self.objective, self.device),
             trunk=self.config.model.trunk,
-            manifest={"state": asdict(self.state), "config": self.config.model_dump(mode="json")},
+            manifest={
+                "state": asdict(self.state),
+                "config": build.public(self.config).model_dump(mode="json"),
+            },
             keep=self.config.checkpoint.keep,
         )
         if self.config.tracking.log_models:
@@ -306,40 +291,6 @@ class Trainer:
 
     # --------------------------------------------------------------------------- building
 
-    def _start_tracking(self) -> Tracker | NullTracker:
-        tracking = self.config.tracking
-        if not (tracking.enabled and distributed.is_main()):
-            return NullTracker()
-        assert tracking.registered_name is not None  # the recipe's parser fills it in
-        return start_tracking(
-            self.run_dir,
-            uri=tracking.uri,
-            experiment=tracking.experiment,
-            registered_name=tracking.registered_name,
-            run_name=self.run_dir.name,
-            system_metrics=tracking.system_metrics,
-        )
-
-    def _build_model(self, device: torch.device) -> Any:
-        model = self.config.model
-        return build_model(
-            model.trunk,
-            head_dims=model.head_dims,
-            head_batch_norm=model.head_batch_norm,
-            prototypes=model.prototypes,
-            device=device,
-        )
-
-    def _build_transform(self) -> MultiCrop:
-        data = self.config.data
-        return MultiCrop(
-            data.crop_sizes,
-            data.crop_counts,
-            data.crop_scales,
-            color_distortion=data.color_distortion,
-            blur_probability=data.blur_probability,
-        )
-
     def _open_records(self) -> Records | None:
         if not distributed.is_main():
             return None
@@ -348,44 +299,18 @@ class Trainer:
             first_step=self.state.step,
             log_samples=self.config.run.log_samples,
         )
-        (self.run_dir / "config.yaml").write_text(recipe.dump(self.config))
+        (self.run_dir / "config.yaml").write_text(recipe.dump(build.public(self.config)))
         return records
-
-    def _local_state(self) -> dict[str, Tensor]:
-        """What each rank has of its own: the objective's tensors and random generators.
-
-        The step itself draws no random numbers (data are keyed by sample); an installed
-        objective may.
-        """
-        state = {"rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        if hasattr(self.objective, "state_dict"):
-            state |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
-        return state
-
-    def _load_local_state(self, reader: checkpoint.CheckpointReader) -> None:
-        if reader.manifest["world_size"] != distributed.world_size():
-            return  # nothing a step depends on, but for a queue, which fills again
-        state = reader.local_state()
-        torch.set_rng_state(state["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in state:
-            torch.cuda.set_rng_state(state["rng.cuda"], self.device)
-        if hasattr(self.objective, "load_state_dict"):
-            prefix = "objective."
-            self.objective.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            )
 
     def _announce(self) -> None:
         """Says what is about to run, and gives every rank the id of the one MLflow run."""
-        self.run_id = distributed.broadcast_object(self.tracker.wait_for_run_id(RUN_ID_SECONDS))
-        model: nn.Module = self._build_model(torch.device("meta"))
-        parameters = sum(p.numel() for p in model.parameters())
         config = self.config
+        self.run_id = distributed.broadcast_object(self.tracker.wait_for_run_id(RUN_ID_SECONDS))
+        model = build.model_of(config, torch.device("meta"))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         self.tracker.log_params(
             {
-                **flatten(config.model_dump(mode="json")),
+                **build.flatten(build.public(config).model_dump(mode="json")),
                 "world_size": distributed.world_size(),
                 "global_batch": self.global_batch,
                 "parameters": parameters,
@@ -401,35 +326,8 @@ class Trainer:
         )
 
 
-def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to start from, or None for a fresh run; protects a run that is there.
-
-    Raises:
-        UserError: without `--resume`, if `run_dir` already holds a run.
-        CheckpointError: if `--resume` names no checkpoint.
-    """
-    root = run_dir / "checkpoints"
-    if resume is not None:
-        return checkpoint.find(resume, root)
-    if saved := checkpoint.list_checkpoints(root):
-        raise UserError(
-            f"run.dir={run_dir} already holds a run, saved up to {saved[-1].name}: go on with "
-            "--resume auto or give another run.dir"
-        )
-    return None
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory this rank has held so far: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat

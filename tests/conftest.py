@@ -59,7 +59,7 @@ class Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, port, theirs), daemon=True
+                target=_serve, args=(rank, world_size, port, theirs)
             )
             process.start()
             self.pipes.append(ours)

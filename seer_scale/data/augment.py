@@ -3,6 +3,7 @@
 SwAV (2006.09882, section 3.3 and appendix A.1) and SEER (2103.01988): random resized crop, flip,
 colour jitter, grayscale, Gaussian blur, normalisation, drawn anew for every crop. Drawing and
 applying are both pure, so that `cut` can run where the image is decoded and the rest elsewhere.
+Pixels equal torchvision's, whose import would triple the start of a loader process.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from seer_scale.errors import ConfigError
@@ -30,8 +30,9 @@ JITTER_STRENGTH = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue 
 GRAYSCALE_PROBABILITY = 0.2
 BLUR_RADIUS = (0.1, 2.0)
 
-_ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-_ORDERS = tuple(itertools.permutations(range(len(_ADJUSTMENTS))))
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+_HUE = len(_ENHANCERS)  # the fourth adjustment
+_ORDERS = tuple(itertools.permutations(range(_HUE + 1)))
 _BOX_ATTEMPTS = 10
 _UNIFORMS = 10 + 2 * _BOX_ATTEMPTS + 2  # what one crop uses at most
 
@@ -74,12 +75,24 @@ def distort(crop: Image.Image, parameters: CropParameters) -> Image.Image:
     """Colour jitter, grayscale and blur: the photometric part."""
     if parameters.jitter is not None:
         for which in parameters.jitter_order:
-            crop = _ADJUSTMENTS[which](crop, parameters.jitter[which])
+            amount = parameters.jitter[which]
+            if which == _HUE:
+                crop = _shift_hue(crop, amount)
+            else:
+                crop = _ENHANCERS[which](crop).enhance(amount)
     if parameters.grayscale:
-        crop = F.rgb_to_grayscale(crop, num_output_channels=3)
+        crop = crop.convert("L").convert("RGB")
     if parameters.blur:
         crop = crop.filter(ImageFilter.GaussianBlur(parameters.blur))
     return crop
+
+
+def _shift_hue(crop: Image.Image, shift: float) -> Image.Image:
+    """Turns the colour circle by `shift` of a full turn."""
+    hue, saturation, value = crop.convert("HSV").split()
+    steps = int(shift * 255)
+    turned = hue.point([(level + steps) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -202,6 +202,8 @@ def _worker_context() -> multiprocessing.context.BaseContext:
 
 def _init_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    # Batches are prefetched; a trainer that wakes for a collective must not queue behind them.
+    os.nice(19)
     # torch's own watch looks at the parent process, which here is the server, not the trainer.
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +25,23 @@ from PIL import Image
 from seer_scale.errors import DataError
 
 PHOTOGRAPHS = (
-    ("skimage.data", "astronaut.png"),
-    ("skimage.data", "brick.png"),
-    ("skimage.data", "camera.png"),
-    ("skimage.data", "chelsea.png"),
-    ("skimage.data", "coffee.png"),
-    ("skimage.data", "coins.png"),
-    ("skimage.data", "grass.png"),
-    ("skimage.data", "gravel.png"),
-    ("skimage.data", "hubble_deep_field.jpg"),
-    ("skimage.data", "moon.png"),
-    ("skimage.data", "motorcycle_left.png"),
-    ("skimage.data", "retina.jpg"),
-    ("skimage.data", "rocket.jpg"),
-    ("sklearn.datasets.images", "china.jpg"),
-    ("sklearn.datasets.images", "flower.jpg"),
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/brick.png"),
+    ("skimage", "data/camera.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/coins.png"),
+    ("skimage", "data/grass.png"),
+    ("skimage", "data/gravel.png"),
+    ("skimage", "data/hubble_deep_field.jpg"),
+    ("skimage", "data/moon.png"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/retina.jpg"),
+    ("skimage", "data/rocket.jpg"),
+    ("sklearn", "datasets/images/china.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
 )
-"""Package and file; the position is the label."""
+"""Package and file in it; the position is the label."""
 
 TRAIN_SHARE = 0.6
 TILE_SIDES = (64, 384)
@@ -130,14 +130,15 @@ def load_photographs() -> list[Image.Image]:
     """
     images = []
     for package, name in PHOTOGRAPHS:
-        try:
-            with (files(package) / name).open("rb") as file:
-                images.append(Image.open(file).convert("RGB"))
-        except (ModuleNotFoundError, FileNotFoundError) as error:
+        spec = find_spec(package)  # finds the package without its slow import
+        root = spec.submodule_search_locations if spec else None
+        path = Path(root[0], name) if root else None
+        if path is None or not path.is_file():
             raise DataError(
-                f"photograph {name} is not installed with {package}: the demo's tiles need"
+                f"photograph {name} of {package} is not installed: the demo's tiles need"
                 " scikit-image and scikit-learn"
-            ) from error
+            )
+        images.append(Image.open(path).convert("RGB"))
     return images
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class ZeroEngine:
         import deepspeed
         from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
         # On CPU DeepSpeed would compile an all-reduce of its own at first use: a minute, a
         # compiler, and a lock that a killed build leaves for the next run to wait on. gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,7 +52,9 @@ class ZeroEngine:
         self._engine.backward(loss)
 
     def step(self) -> Tensor | None:
-        last = self._engine.is_gradient_accumulation_boundary()
+        last: bool = self._engine.is_gradient_accumulation_boundary()
+        if last and self._stage > 0 and distributed.world_size() > 1:
+            self._reduce_norms()
         self._engine.step()
         return self._optimizer.take_grad_norm() if last else None
 
@@ -60,16 +63,35 @@ class ZeroEngine:
         return self._optimizer.param_groups
 
     def slices(self) -> Iterator[Slice]:
-        if self._stage < 3:
-            yield from self._optimizer.slices()
-            return
-        # ZeRO-3 shows its partitions to the optimizer only during a step.
-        self._engine.optimizer._set_fp32_optimizer_param_groups()
-        try:
+        with self._masters():
             yield from list(self._optimizer.slices())
-        finally:
-            self._engine.optimizer._clear_fp32_optimizer_param_groups()
 
     @property
     def writes_slices(self) -> bool:
         return self._stage > 0 or distributed.is_main()
+
+    @contextmanager
+    def _masters(self) -> Iterator[None]:
+        """Shows the float32 partitions to the optimizer; ZeRO-3 does so only during a step."""
+        if self._stage < 3:
+            yield
+            return
+        self._engine.optimizer._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._engine.optimizer._clear_fp32_optimizer_param_groups()
+
+    def _reduce_norms(self) -> None:
+        """One all-reduce instead of one per tensor, from the partitions of the mean gradient.
+
+        With offload the gradients are elsewhere, and the optimizer reduces tensor by tensor.
+        """
+        averaged = self._engine.optimizer.averaged_gradients
+        with self._masters():
+            gradients = {
+                group["name"]: averaged[index]
+                for index, group in enumerate(self.param_groups)
+                if averaged.get(index) is not None
+            }
+            self._optimizer.reduce_norms(gradients)

@@ -18,6 +18,7 @@ from seer_scale.tracking.spool import (
     SETTINGS,
     SPOOL,
     Event,
+    model_outbox,
     read_events,
     read_json,
     write_json,
@@ -136,8 +137,9 @@ class Delivery:
             case "artifact":
                 self.run.log_artifact(self._path(fields["path"]), fields["folder"])
             case "model":
+                outbox = model_outbox(self.folder, fields["step"])
                 self.run.log_model(
-                    self._path(fields["path"]),
+                    outbox if outbox.is_dir() else self._path(fields["path"]),
                     step=fields["step"],
                     tags=fields["tags"],
                     aliases=fields["aliases"],
@@ -172,6 +174,8 @@ class Delivery:
                 self.sent["steps"][key] = max(before, event.fields["step"])
         self.sent["offset"] = events[-1].end
         write_json(self.folder / SENT, self.sent)
+        if events[0].kind == "model":
+            shutil.rmtree(model_outbox(self.folder, events[0].fields["step"]), ignore_errors=True)
 
     def _path(self, path: str) -> Path:
         return self.folder.parent / path

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import numpy as np
@@ -35,8 +35,9 @@ from seer_scale.tracking.uri import one_line, redact
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 _SPOOL_TAG = "seer_scale.spool"
 _DIGEST_TAG = "seer_scale.digest"
+_NOT_ON_INDEX = ("python", "seer_scale")
 _MAX_METRICS, _MAX_PARAMS = 1000, 100  # per request of MLflow's API
-UPLOAD_TIMEOUT_S = 300
+_UPLOAD_TIMEOUT_S = 300
 
 
 class MlflowRun:
@@ -87,13 +88,8 @@ class MlflowRun:
         new = [Param(key, value) for key, value in params.items() if key not in known]
         for batch in _batches(new, _MAX_PARAMS):
             self._client.log_batch(self.run_id, params=batch)
-        self.set_tags(
-            {
-                f"resumed.{key}": value
-                for key, value in params.items()
-                if known.get(key, value) != value
-            }
-        )
+        changed = [key for key, value in params.items() if known.get(key, value) != value]
+        self.set_tags({f"resumed.{key}": params[key] for key in changed})
 
     def log_metrics(self, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Logs (name, value, timestamp in ms, step); MLflow drops those it has already."""
@@ -151,7 +147,7 @@ class MlflowRun:
         return monitor
 
     def _create(self, run_name: str, time: int) -> str:
-        tags = {_SPOOL_TAG: self._spool_id, "mlflow.source.name": "launch/pretrain.py"}
+        tags = {_SPOOL_TAG: self._spool_id}
         run = self._client.create_run(self._experiment_of_run(), time, tags, run_name)
         return str(run.info.run_id)
 
@@ -221,8 +217,18 @@ def download_model(source: str, uri: str) -> Path:
     Raises:
         UserError: if the server does not answer, or knows no such model.
     """
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    name, at, alias = source.removeprefix("models:/").partition("@")
+    name, slash, version = (name, "", "") if at else name.partition("/")
     try:
-        folder = mlflow.artifacts.download_artifacts(source, tracking_uri=uri, registry_uri=uri)
+        # MLflow's own resolution of models:/ asks the process-wide registry, whatever it is given.
+        if not at and not slash:
+            location = client.get_logged_model(name).artifact_location
+        else:
+            if at or version == "latest":
+                version = client.get_model_version_by_alias(name, alias or version).version
+            location = client.get_model_version_download_uri(name, str(version))
+        folder = mlflow.artifacts.download_artifacts(location, tracking_uri=uri)
         flavor = Model.load(folder).flavors.get("python_function", {})
     except MlflowException as error:
         raise UserError(
@@ -231,6 +237,28 @@ def download_model(source: str, uri: str) -> Path:
     if flavor.get("loader_module") != "seer_scale.serving":
         raise UserError(f"{source} is no trunk that seer_scale logged")
     return Path(folder) / str(flavor["data"])
+
+
+class RegisteredVersion(NamedTuple):
+    """A version of a registered model and the aliases that point at it."""
+
+    number: str
+    aliases: list[str]
+
+
+def newest_version(name: str, uri: str) -> RegisteredVersion:
+    """The version that `models:/NAME@latest` stands for.
+
+    Raises:
+        UserError: if the server does not answer, or has no such model.
+    """
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        version = client.get_model_version_by_alias(name, "latest").version
+        aliases = client.get_model_version(name, version).aliases
+    except MlflowException as error:
+        raise UserError(f"{name} is not registered at {redact(uri)}: {one_line(error)}") from None
+    return RegisteredVersion(str(version), ["latest", *aliases])
 
 
 def current_uri() -> str | None:
@@ -244,10 +272,8 @@ def _pack(path: Path, folder: Path, config: Mapping[str, Any], run_id: str, mode
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 3, -1, -1))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, config["width"]))]),
     )
-    versions = config["versions"]
-    needed = [
-        f"{name}=={versions[name]}" for name in versions if name not in ("python", "seer_scale")
-    ]
+    versions = config["versions"].items()
+    needed = [f"{name}=={number}" for name, number in versions if name not in _NOT_ON_INDEX]
     mlflow.pyfunc.save_model(
         path=str(path),
         loader_module="seer_scale.serving",
@@ -259,7 +285,7 @@ def _pack(path: Path, folder: Path, config: Mapping[str, Any], run_id: str, mode
         metadata={key: config[key] for key in ("trunk", "width", "mean", "std", "versions")},
         mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
     )
-    for cache in [*path.rglob("__pycache__")]:
+    for cache in list(path.rglob("__pycache__")):
         shutil.rmtree(cache)
 
 
@@ -268,7 +294,7 @@ def _patient_uploads() -> Iterator[None]:
     """A server may answer a large upload only when it has passed it on to its own storage."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[name]
-    os.environ[name] = str(max(UPLOAD_TIMEOUT_S, int(before)))
+    os.environ[name] = str(max(_UPLOAD_TIMEOUT_S, int(before)))
     try:
         yield
     finally:

@@ -123,7 +123,7 @@ def follow(folder: Path, lock: SenderLock, training: Callable[[], bool], drain_s
                 if events:
                     wait, progress_at = 0.0, time.monotonic()
                     if monitor is None and ended_at is None and settings["system_metrics"]:
-                        monitor = delivery.run.system_metrics()
+                        monitor = _start_monitor(delivery)
                     continue
                 if ended_at is not None:
                     _end_if_killed(delivery)
@@ -132,6 +132,14 @@ def follow(folder: Path, lock: SenderLock, training: Callable[[], bool], drain_s
             _say(f"{delivery.left()} events are left for launch/sync.py")
             return
         time.sleep(POLL_S)
+
+
+def _start_monitor(delivery: Delivery) -> Any:
+    try:
+        return delivery.run.system_metrics()
+    except Exception as error:  # of a driver or library that reads the figures
+        _say(f"no system metrics: {error}")
+        return None
 
 
 def _stop(monitor: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,11 @@ class Event:
     def kind(self) -> str:
         """What is told: start, params, metrics, tags, artifact, model, finish or unreadable."""
         return str(self.fields.get("kind", "unreadable"))
+
+
+def model_outbox(folder: Path, step: int) -> Path:
+    """Where `<run_dir>/tracking` keeps the model of `step` until it is sent."""
+    return folder / "models" / f"step_{step:08d}"
 
 
 def read_events(spool: Path, offset: int) -> Iterator[Event]:
@@ -129,8 +135,14 @@ class Tracker:
         MLflow itself resolves the alias `latest` to the newest version; `aliases` are others.
         """
         tags = {key: str(value) for key, value in (tags or {}).items()}
-        path = self._relative(folder)
-        self._append("model", path=path, step=step, tags=tags, aliases=list(aliases), time=_now())
+        path, time_ms = self._relative(folder), _now()
+        try:
+            # The checkpoint may be pruned before its turn comes; links cost no space until then.
+            outbox = model_outbox(self.folder, step)
+            shutil.copytree(folder, outbox, copy_function=_link, dirs_exist_ok=True)
+        except OSError as error:
+            warnings.warn(f"{folder} may be gone before it is sent: {error}", stacklevel=2)
+        self._append("model", path=path, step=step, tags=tags, aliases=list(aliases), time=time_ms)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags of the run; a later value replaces an earlier one."""
@@ -220,6 +232,14 @@ class NullTracker:
     def close(self, status: str = "FINISHED", wait_s: float = 30.0) -> bool:
         """True: nothing is left to send."""
         return True
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def _now() -> int:

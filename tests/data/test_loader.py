@@ -2,11 +2,9 @@
 
 import io
 import itertools
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import numpy as np
@@ -233,41 +231,24 @@ def test_stop_signals_are_the_trainers_and_close_ends_the_workers(source):
         next(batches)
 
 
-ORPHANING_TRAINER = textwrap.dedent(
-    """
-    import os, signal, sys
-    from seer_scale.data import MultiCrop, build_loader, open_source
-
-    if __name__ == "__main__":
-        batches = build_loader(
-            open_source(sys.argv[1]), MultiCrop((8,), (2,), ((0.1, 1.0),)), seed=0,
-            micro_batch_size=2, gradient_accumulation=1, rank=0, world_size=1, first_sample=0,
-            workers=2,
-        )
-        next(batches)
-        print(*(worker.pid for worker in batches._iterator._workers), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-)
+def _be_killed(source, pipe):
+    batches = loader(source, workers=2)
+    next(batches)
+    pipe.send([worker.pid for worker in batches._iterator._workers])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_end_when_the_trainer_is_killed(source, tmp_path):
-    for index in range(4):
-        (tmp_path / f"{index}.png").write_bytes(source.data[index])
-    script = tmp_path / "trainer.py"
-    script.write_text(ORPHANING_TRAINER)
-    result = subprocess.run(
-        [sys.executable, script, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert result.returncode == -signal.SIGKILL
-    workers = [int(pid) for pid in result.stdout.split()]
+def test_workers_end_when_the_trainer_is_killed(source):
+    """Their parent process, the fork server, lives on here."""
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    trainer = context.Process(target=_be_killed, args=(source, there))
+    trainer.start()
+    workers = here.recv()
+    trainer.join(60)
+    assert trainer.exitcode == -signal.SIGKILL
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.05)
     assert not any(map(psutil.pid_exists, workers))

@@ -117,7 +117,7 @@ def _write(folder):
 
 
 def test_two_processes_at_once_agree(written, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_write, args=(tmp_path / "tiles",)) for _ in range(2)]
     for writer in writers:
         writer.start()
@@ -139,3 +139,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"tiles cannot be written to .*file/tiles: .*file\b"):
         write_tiles(tmp_path / "file" / "tiles", **FEW)
+
+
+def test_missing_photographs_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles_module, "PHOTOGRAPHS", (("no_such_package", "data/moon.png"),))
+    with pytest.raises(DataError, match=r"data/moon\.png of no_such_package is not installed"):
+        write_tiles(tmp_path / "tiles", **FEW)
+    assert list(tmp_path.iterdir()) == []

@@ -113,7 +113,11 @@ def ds_config(strategy: str, config: RunConfig) -> dict[str, Any] | None:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": int(strategy[-1]), "reduce_bucket_size": 1_000_000},
+        "zero_optimization": {
+            "stage": int(strategy[-1]),
+            "reduce_bucket_size": 1_000_000,
+            **({"compute_grad_norm": False} if strategy in ("zero1", "zero2") else {}),
+        },
     }
 
 

@@ -1,0 +1,152 @@
+"""The main job end to end: real photographs, two processes, a registered model, a kNN figure.
+
+`make demo` runs it. It only calls what users call: `deepspeed launch/pretrain.py` and the library.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from seer_scale.errors import UserError, exit_with  # noqa: E402
+
+DATA = Path("data/demo")
+CROP = 96  # pixels; the tiles' size
+NEIGHBOURS = 20
+
+
+def fresh_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3` ... that does not exist: runs are kept."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def processes() -> int:
+    """One per GPU, else one per core up to two: the recipe's batch is meant for two."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+
+
+def pretrain(run_dir: Path) -> None:
+    """Runs the recipe as a user would, in processes of its own."""
+    command = [
+        *("deepspeed", "--quiet", "--num_gpus", str(processes()), "launch/pretrain.py"),
+        *("--recipe", "demo", "--deepspeed_config", "ds_configs/zero2.json", f"run.dir={run_dir}"),
+    ]
+    print("$", " ".join(command), flush=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
+        raise UserError(f"the training failed; {run_dir} holds what it wrote")
+
+
+def nearest_neighbours(trunk: Any) -> float:
+    """kNN top-1 of a trunk's features: tiles of regions that training never saw, as queries."""
+    from seer_scale.data import open_source
+    from seer_scale.evaluation.features import extract_features
+    from seer_scale.evaluation.knn import knn_top1
+
+    bank = extract_features(trunk, open_source(DATA / "knn_train"), size=CROP)
+    queries = extract_features(trunk, open_source(DATA / "knn_test"), size=CROP)
+    return knn_top1(*bank, *queries, k=NEIGHBOURS)
+
+
+def starting_point(run_dir: Path) -> Any:
+    """The trunk as it was before the first step, with BatchNorm statistics of the bank's tiles.
+
+    Untouched running statistics (mean 0, variance 1) would make the untrained trunk look worse
+    than its weights are.
+    """
+    import torch
+
+    from seer_scale.data import open_source
+    from seer_scale.evaluation.features import measure_batch_norm
+    from seer_scale.models import build_model, initialise
+    from seer_scale.recipe import parse
+
+    config = parse(["--recipe", str(run_dir / "config.yaml")], recipes=ROOT).config
+    model = build_model(
+        config.model.trunk,
+        head_dims=config.model.head_dims,
+        head_batch_norm=config.model.head_batch_norm,
+        prototypes=config.model.prototypes,
+        device=torch.device("cpu"),
+    )
+    initialise(model, config.run.seed)
+    measure_batch_norm(model.trunk, open_source(DATA / "knn_train"), size=CROP)
+    return model.trunk.eval()
+
+
+def report(run_dir: Path, untrained: float, trained: float, seconds: float) -> None:
+    """The closing table and what to type next."""
+    from seer_scale.records import METRICS, read_lines
+    from seer_scale.tracking import Tracker
+    from seer_scale.tracking.mlflow_client import newest_version
+    from seer_scale.tracking.uri import redact, resolve_uri
+
+    lines = read_lines(run_dir / METRICS)
+    tail = lines[len(lines) // 2 :]
+    speed = sorted(line["images_per_second"] for line in tail)[len(tail) // 2]
+    version = newest_version("seer-demo", resolve_uri())
+    rows = [
+        ("loss, first -> last step", f"{lines[0]['loss']:.4f} -> {lines[-1]['loss']:.4f}"),
+        ("kNN top-1, random trunk", f"{untrained:.1%}"),
+        ("kNN top-1, trained trunk", f"{trained:.1%}"),
+        ("images/s (median)", f"{speed:.0f} on {processes()} processes"),
+        ("peak memory", f"{max(line['peak_memory_gib'] for line in lines):.2f} GiB a process"),
+        ("training time", f"{seconds:.0f} s, {len(lines)} steps"),
+        ("curve", str(run_dir / "curve.png")),
+        ("MLflow run", str(Tracker(run_dir).run_id)),
+        ("registered model", f"seer-demo, version {version.number} ({', '.join(version.aliases)})"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"  {name:<{width}}   {value}" for name, value in rows))
+    print(f"""
+See the run and the model:
+  .venv/bin/mlflow server --host 127.0.0.1 --backend-store-uri {redact(resolve_uri())}
+Load the trunk:
+  .venv/bin/python -c "import seer_scale; print(seer_scale.load('models:/seer-demo@latest'))"
+""")
+
+
+def main() -> None:
+    """Data, training, evaluation, report."""
+    from seer_scale import load
+    from seer_scale.data import write_tiles
+    from seer_scale.tracking import Tracker
+    from seer_scale.tracking.sender import sync
+
+    os.chdir(ROOT)
+    print("tiles of real photographs:", DATA, flush=True)
+    write_tiles(DATA)
+    run_dir = fresh_folder(Path("runs/demo"))
+    began = time.monotonic()
+    pretrain(run_dir)
+    seconds = time.monotonic() - began
+    print("k nearest neighbours of the trunk before and after the training ...", flush=True)
+    # From the registry, not from the run: what others will load is what is judged.
+    sync(run_dir)
+    untrained = nearest_neighbours(starting_point(run_dir))
+    trained = nearest_neighbours(load("models:/seer-demo@latest"))
+    tracker = Tracker(run_dir)
+    tracker.set_tags({"knn_top1": f"{trained:.4f}", "knn_top1_random": f"{untrained:.4f}"})
+    tracker.finish()
+    sync(run_dir)
+    report(run_dir, untrained, trained, seconds)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        exit_with(error)

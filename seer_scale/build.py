@@ -1,0 +1,111 @@
+"""From a RunConfig to the parts of a run: the only code below the trainer that knows its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seer_scale.config import RunConfig
+from seer_scale.data import MicroBatchLoader, MultiCrop, Source, build_loader
+from seer_scale.models import MultiCropModel, build_model
+from seer_scale.parallel import distributed
+from seer_scale.schedules import learning_rate, scaled_lr, warmup_start
+from seer_scale.tracking import NullTracker, Tracker, start_tracking
+from seer_scale.tracking.uri import redact
+
+
+def global_batch(config: RunConfig) -> int:
+    """Images per optimizer step, over all ranks and micro-batches."""
+    train = config.train
+    return train.micro_batch_size * train.gradient_accumulation * distributed.world_size()
+
+
+def model_of(config: RunConfig, device: torch.device) -> MultiCropModel:
+    """The run's model, without values."""
+    model = config.model
+    return build_model(
+        model.trunk,
+        head_dims=model.head_dims,
+        head_batch_norm=model.head_batch_norm,
+        prototypes=model.prototypes,
+        device=device,
+    )
+
+
+def transform_of(config: RunConfig) -> MultiCrop:
+    """The run's multi-crop augmentation."""
+    data = config.data
+    return MultiCrop(
+        data.crop_sizes,
+        data.crop_counts,
+        data.crop_scales,
+        color_distortion=data.color_distortion,
+        blur_probability=data.blur_probability,
+    )
+
+
+def batches_of(config: RunConfig, source: Source, first_sample: int) -> MicroBatchLoader:
+    """This rank's micro-batches from the stream's position `first_sample` on."""
+    return build_loader(
+        source,
+        transform_of(config),
+        seed=config.run.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        first_sample=first_sample,
+        workers=config.data.workers,
+    )
+
+
+def learning_rate_of(config: RunConfig, step: int) -> float:
+    """Learning rate of step `step`, counted from 0."""
+    optim = config.optim
+    peak = optim.lr or scaled_lr(optim.base_lr, global_batch(config))
+    end = peak * optim.end_lr_ratio
+    return learning_rate(
+        step,
+        total_steps=config.train.steps,
+        warmup_steps=optim.warmup_steps,
+        start=warmup_start(peak, nodes=distributed.nodes(), floor=end),
+        peak=peak,
+        end=end,
+        schedule=optim.schedule,
+    )
+
+
+def tracker_of(config: RunConfig) -> Tracker | NullTracker:
+    """Tracking of the run on rank 0; the same verbs without effect elsewhere."""
+    tracking = config.tracking
+    if not (tracking.enabled and distributed.is_main()):
+        return NullTracker()
+    assert tracking.registered_name is not None  # the recipe's parser fills it in
+    run_dir = Path(config.run.dir)
+    return start_tracking(
+        run_dir,
+        uri=tracking.uri,
+        experiment=tracking.experiment,
+        registered_name=tracking.registered_name,
+        run_name=run_dir.name,
+        system_metrics=tracking.system_metrics,
+    )
+
+
+def public(config: RunConfig) -> RunConfig:
+    """The configuration as files may hold it: without the tracking server's credentials."""
+    tracking = config.tracking
+    update = {"uri": tracking.uri and redact(tracking.uri)}
+    return config.model_copy(update={"tracking": tracking.model_copy(update=update)})
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
