@@ -118,6 +118,21 @@ def test_a_checkpoint_of_one_strategy_is_read_by_another(
     assert losses(moved) == pytest.approx(losses(whole)[4:], rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero2", "zero3"])
+def test_bf16_follows_fp32_and_keeps_its_state_in_float32(
+    distributed: Distributed, images: Path, tmp_path: Path, strategy: str
+) -> None:
+    more = [*ZERO.get(strategy, []), "optim.base_lr=0.05", "train.steps=4"]
+    full, half = tmp_path / "fp32", tmp_path / "bf16"
+    distributed(run_job, 2, arguments(images, full, *more))
+    distributed(run_job, 2, arguments(images, half, "train.precision=bf16", *more))
+    assert losses(half) != losses(full)
+    assert losses(half) == pytest.approx(losses(full), rel=0.05)  # 8 bits of mantissa
+    saved = tensors(list_checkpoints(half / "checkpoints")[-1])
+    floating = {key: v.dtype for key, v in saved.items() if v.is_floating_point()}
+    assert set(floating.values()) == {torch.float32}
+
+
 def test_the_exported_trunk_is_the_checkpoint_s(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:

@@ -114,6 +114,25 @@ def test_running_statistics_are_averaged_over_groups(distributed: Distributed) -
     torch.testing.assert_close(after1, after0)
 
 
+def low_precision() -> dict[str, torch.Tensor]:
+    x, grad = batch(torch.bfloat16)
+    mine = slice(dist.get_rank() * 5, (dist.get_rank() + 1) * 5)
+    return run(convert_sync_batchnorm(layer(torch.float32), 0), x[mine], grad[mine])
+
+
+def test_statistics_are_float32_under_low_precision(distributed: Distributed) -> None:
+    ranks = distributed(low_precision, 2)
+    x, grad = batch(torch.bfloat16)
+    expected = run(layer(torch.float64), x.double(), grad.double())
+    for rank in ranks:
+        assert rank["y"].dtype == torch.bfloat16
+        assert rank["0.running_var"].dtype == torch.float32
+        for key in ("0.running_mean", "0.running_var"):  # of the bf16 values, in float32
+            torch.testing.assert_close(rank[key].double(), expected[key], rtol=1e-5, atol=0)
+    y = torch.cat([rank["y"] for rank in ranks]).double()
+    torch.testing.assert_close(y, expected["y"], rtol=1e-2, atol=1e-2)  # bf16 has 8 bits
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,217 @@
+"""launch/pretrain.py as users start it: launchers, exit statuses, signals, MLflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seer_scale.checkpoint import CheckpointReader, list_checkpoints
+from seer_scale.data import write_tiles
+from tests.conftest import free_port
+from tests.jobs import ROOT, arguments, lines, write_images
+
+pytestmark = pytest.mark.launch
+
+BIN = Path(sys.executable).parent
+PRETRAIN = str(ROOT / "launch" / "pretrain.py")
+PYTHON = [sys.executable, PRETRAIN]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")},
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def launch(
+    command: list[str], folder: Path, seconds: float = 240
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def test_deepspeed_trains_and_registers(images: Path, tmp_path: Path) -> None:
+    command = [
+        *("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), PRETRAIN),
+        *arguments(images, tmp_path / "run", "tracking.registered_name=seer-test"),
+        *("--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")),
+        *("tracking.system_metrics=false", "train.micro_batch_size=2"),
+    ]
+    done = launch(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(lines(tmp_path / "run")) == 8
+    assert "step 8/8" in done.stderr
+
+    # What was registered has the checkpoint's features, through MLflow and through our call.
+    judge = """
+import sys, numpy as np, mlflow, seer_scale
+images = np.load("images.npy")
+served = mlflow.pyfunc.load_model("models:/seer-test@latest").predict(images)
+import torch
+with torch.inference_mode():
+    called = seer_scale.load("models:/seer-test@latest")(torch.from_numpy(images)).numpy()
+assert np.array_equal(served, called)
+np.save("features.npy", served)
+runs = mlflow.search_runs(experiment_names=["seer-scale"])
+assert len(runs) == 1, runs
+assert runs.iloc[0].status == "FINISHED"
+best = mlflow.MlflowClient().get_model_version_by_alias("seer-test", "best")
+print(runs.iloc[0].run_id, best.tags["step"])
+"""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "images.npy", rng.standard_normal((2, 3, 64, 64), dtype=np.float32))
+    judged = launch([sys.executable, "-P", "-c", judge], tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    run_id = judged.stdout.split()[-2]
+    assert run_id in done.stderr  # what the trainer said is the one run there is
+    features = np.load(tmp_path / "features.npy")
+    trunk = checkpoint_trunk(tmp_path / "run")
+    with torch.inference_mode():
+        expected = trunk(torch.from_numpy(np.load(tmp_path / "images.npy"))).numpy()
+    assert np.array_equal(features, expected)
+
+
+def checkpoint_trunk(run_dir: Path) -> torch.nn.Module:
+    """The newest checkpoint's trunk, put together from its slices rather than from its export."""
+    from seer_scale.models import build_trunk
+
+    reader = CheckpointReader(list_checkpoints(run_dir / "checkpoints")[-1])
+    trunk = build_trunk("regnety_debug")
+    trunk.load_state_dict({name: reader.whole(f"trunk.{name}") for name in trunk.state_dict()})
+    return trunk.eval()
+
+
+def test_torchrun_trains(images: Path, tmp_path: Path) -> None:
+    command = [
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), PRETRAIN),
+        *arguments(images, tmp_path / "run", "train.steps=3", "train.precision=bf16"),
+        "optim.warmup_steps=1",
+    ]
+    done = launch(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resuming_goes_on(
+    images: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = arguments(images, run_dir, "train.steps=4000", "checkpoint.every=5000")
+    with subprocess.Popen(
+        [*PYTHON, *argv], cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "--resume auto" in errors
+    (saved,) = list_checkpoints(run_dir / "checkpoints")
+    step = int(saved.name.removeprefix("step_"))
+    assert lines(run_dir)[-1]["step"] == step >= 3
+    more = [*arguments(images, run_dir, f"train.steps={step + 2}"), "--resume", "auto"]
+    done = launch([*PYTHON, *more], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(run_dir)] == list(range(1, step + 3))
+
+
+MISTAKES = {
+    "missing data": (["data.path=nowhere"], 1, ["nowhere"]),
+    "empty folder": (["data.path=empty"], 1, ["empty"]),
+    "no images": (["data.path=text"], 1, ["text"]),
+    "unknown trunk": (["model.trunk=regnety_25gf"], 2, ["regnety_25gf", "regnety_256gf"]),
+    "unknown objective": (["objective.name=swaw"], 2, ["swaw", "swav"]),
+    "unknown option": (["objective.epsilom=1"], 2, ["epsilom", "epsilon"]),
+    "unknown key": (["train.stepz=1"], 2, ["train.stepz", "train.steps"]),
+    "contradiction": (
+        ["--deepspeed_config", "wrong.json"],
+        2,
+        ["train_micro_batch_size_per_gpu", "99", "4"],
+    ),
+    "no checkpoint": (["--resume", "empty"], 1, ["empty", "checkpoint"]),
+    "half a checkpoint": (["--resume", "step_00000007"], 1, ["step_00000007", "manifest"]),
+    "queue does not divide": (["objective.queue_length=-4"], 2, ["queue_length", "-4"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(images: Path, tmp_path: Path, mistake: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "step_00000007").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no image")
+    (tmp_path / "wrong.json").write_text(
+        '{"train_micro_batch_size_per_gpu": 99, "zero_optimization": {"stage": 2}}'
+    )
+    more, status, fragments = MISTAKES[mistake]
+    argv = arguments(images, tmp_path / "run")
+    if any(word.startswith("data.path=") for word in more):
+        argv = [word for word in argv if not word.startswith("data.path=")]
+    done = launch([*PYTHON, *argv, *more], tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(fragment in done.stderr for fragment in fragments), done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_under_a_launcher_the_sentence_is_said_once(images: Path, tmp_path: Path) -> None:
+    command = [
+        *("deepspeed", "--quiet", "--num_gpus", "2", "--master_port", str(free_port()), PRETRAIN),
+        *arguments(images, tmp_path / "run", "model.trunk=regnety_25gf"),
+    ]
+    done = launch(command, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    tiles = write_tiles(
+        tmp_path / "tiles",
+        train_per_photograph=2,
+        bank_per_photograph=1,
+        queries_per_photograph=1,
+    )
+    (shard,) = tiles.train.glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:-20_000])
+    done = launch([*PYTHON, *arguments(tiles.train, tmp_path / "run")], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert shard.name in done.stderr
+
+
+def test_help_is_quick_and_lists_every_key() -> None:
+    done = launch([*PYTHON, "--help"], ROOT, seconds=30)
+    assert done.returncode == 0
+    for key in ("run.log_samples", "sharding.sync_bn_group_size", "tracking.registered_name"):
+        assert key in done.stdout
