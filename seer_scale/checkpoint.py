@@ -80,7 +80,11 @@ def save(
     if distributed.is_main():
         _finish(partial, step, trunk, manifest)
         _publish(partial, folder)
-        for old in list_checkpoints(root)[:-keep]:
+        saved = list_checkpoints(root)
+        here = saved.index(folder)
+        for later in saved[here + 1 :]:  # of an attempt that was resumed from before them
+            _set_aside(later)
+        for old in saved[: max(0, here + 1 - keep)]:
             shutil.rmtree(old)
     distributed.barrier()
     return folder
@@ -131,15 +135,17 @@ def _finish(folder: Path, step: int, trunk: str, manifest: Mapping[str, Any]) ->
 
 def _publish(partial: Path, folder: Path) -> None:
     _sync(partial)
-    if folder.exists():  # saved once before this run was resumed from an older step
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(folder)
+    if folder.exists():
+        _set_aside(folder)
+    partial.rename(folder)
     _sync(folder.parent)
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a checkpoint that a resumed run overtakes: out of the way, not lost."""
+    aside = folder.with_name(f"superseded_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def _sync(path: Path) -> None:

@@ -159,8 +159,9 @@ def resolve_ds_config(
     _check_zero(raw.get("zero_optimization"), path)
     kept = {key: value for key, value in raw.items() if key not in REFUSED}
     zero = dict(raw["zero_optimization"])
-    if zero["stage"] in (1, 2) and "offload_optimizer" not in zero:
-        zero["compute_grad_norm"] = False  # our optimizer knows it; theirs takes a collective each
+    if zero["stage"] in (1, 2) and not zero.keys() & {"offload_optimizer", "zenflow"}:
+        # Our optimizer knows the norm; DeepSpeed's takes a collective per tensor.
+        zero.setdefault("compute_grad_norm", False)
     numbers = {key: number for key, (number, _) in owned.items()}
     return {**kept, **numbers, "zero_optimization": zero}
 

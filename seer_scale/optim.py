@@ -222,7 +222,7 @@ class SliceSGD(torch.optim.Optimizer):
     def _normalise_rows(self, group: dict[str, Any], parameter: Tensor) -> None:
         offset, length = self._extent(group, parameter)
         rows, width = group["shape"]
-        first, lead = divmod(offset, width)
+        first, lead = divmod(offset, width) if length else (0, 0)  # else: padding only
         # Zeros complete the slice to whole rows; the all-reduce completes their sums.
         touched = -(-(lead + length) // width)
         padded = parameter.new_zeros(touched * width)

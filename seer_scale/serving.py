@@ -25,14 +25,11 @@ from torch import Tensor, nn
 from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
+from seer_scale.preprocessing import MEAN, STD
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
-
-# Statistics of ImageNet that every recipe's augmentation normalises with.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 def export_trunk(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from seer_scale import build, checkpoint, recipe
 from seer_scale.config import RunConfig
 from seer_scale.data import BadSample, MicroBatch, Source
-from seer_scale.errors import UserError
+from seer_scale.errors import CheckpointError, UserError
 from seer_scale.models import initialise
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
@@ -47,6 +47,14 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     best_loss: float = math.inf  # smallest mean loss between two checkpoints
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
+        """The state that a checkpoint's manifest holds."""
+        try:
+            return cls(**manifest["state"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
 
     def advance(self, images: int) -> None:
         """One more step of `images` images."""
@@ -81,7 +89,7 @@ class Trainer:
         seed_rank(config.run.seed, distributed.rank())
 
         reader = checkpoint.CheckpointReader(resume) if resume else None
-        self.state = TrainState(**reader.manifest["state"]) if reader else TrainState()
+        self.state = TrainState.of(reader.manifest, reader.folder) if reader else TrainState()
         self.engine = shard(
             partial(build.model_of, config),
             reader.fill if reader else partial(initialise, seed=config.run.seed),
@@ -106,7 +114,7 @@ class Trainer:
         self._losses: list[float] = []  # since the last checkpoint
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         self._stop_signal: int | None = None
-        self._announce()
+        self._announce(reader.manifest.get("config", {}) if reader else None)
 
     # --------------------------------------------------------------------------- one step
 
@@ -302,7 +310,7 @@ class Trainer:
         (self.run_dir / "config.yaml").write_text(recipe.dump(build.public(self.config)))
         return records
 
-    def _announce(self) -> None:
+    def _announce(self, saved_config: Mapping[str, Any] | None) -> None:
         """Says what is about to run, and gives every rank the id of the one MLflow run."""
         config = self.config
         self.run_id = distributed.broadcast_object(self.tracker.wait_for_run_id(RUN_ID_SECONDS))
@@ -324,6 +332,15 @@ class Trainer:
             f"{config.train.steps}\nrun folder {self.run_dir}, MLflow run "
             f"{self.run_id or ('not known yet' if config.tracking.enabled else 'off')}"
         )
+        if saved_config is not None:
+            saved, now = build.flatten(saved_config), build.flatten(config.model_dump(mode="json"))
+            changed = [
+                f"{key} {saved.get(key)} -> {value}"
+                for key, value in now.items()
+                if saved.get(key) != value and not key.startswith(("run.dir", "tracking."))
+            ]
+            if changed:
+                self._say(f"resumed with other values than it was saved with: {', '.join(changed)}")
 
 
 def peak_memory_gib(device: torch.device) -> float:

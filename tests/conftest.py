@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -58,9 +59,7 @@ class Pool:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, port, theirs)
-            )
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs))
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -68,15 +67,21 @@ class Pool:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
-        results: list[Any] = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(SECONDS):
-                raise TimeoutError(f"rank {rank} did not answer within {SECONDS} s")
-            good, value = pipe.recv()
-            if not good:
-                raise AssertionError(f"rank {rank} raised:\n{value}")
-            results.append(value)
-        return results
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + SECONDS
+        while len(results) < len(self.pipes):
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                silent = sorted(set(range(len(self.pipes))) - results.keys())
+                raise TimeoutError(f"ranks {silent} did not answer within {SECONDS} s")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                good, value = pipe.recv()
+                if not good:  # the others may wait for it in a collective
+                    raise AssertionError(f"rank {rank} raised:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
         for process in self.processes:

@@ -111,8 +111,10 @@ def write_on_ranks(root: Path, whole: bool) -> list[str]:
 def test_what_is_read_is_what_was_written_in_any_cut(
     distributed: Distributed, tmp_path: Path, world_size: int, whole: bool
 ) -> None:
-    keys = distributed(write_on_ranks, world_size, tmp_path, whole)
-    if world_size == 2:
+    if world_size == 1:  # without a process group
+        write_on_ranks(tmp_path, whole)
+    else:
+        keys = distributed(write_on_ranks, world_size, tmp_path, whole)
         holds_weights = any(key.startswith(("weight/", "momentum/")) for key in keys[1])
         assert holds_weights != whole  # copies of another rank's slices are not written
         assert not any("running_mean" in key for key in keys[1])
@@ -176,9 +178,10 @@ def test_running_statistics_are_the_mean_over_ranks(
         assert torch.equal(statistics, expected)
     folder = checkpoint_folder(tmp_path, 1)
     reader = CheckpointReader(folder)
-    for index, kind in enumerate(("running_mean", "running_var")):
-        assert torch.equal(reader.whole(f"trunk.stem.1.{kind}"), expected[index])
-        assert torch.equal(load_trunk(folder / "trunk").get_buffer(f"stem.1.{kind}"), expected[index])
+    trunk = load_trunk(folder / "trunk")
+    for kind, mean in zip(("running_mean", "running_var"), expected, strict=True):
+        assert torch.equal(reader.whole(f"trunk.stem.1.{kind}"), mean)
+        assert torch.equal(trunk.get_buffer(f"stem.1.{kind}"), mean)
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
@@ -222,7 +225,8 @@ def test_the_last_k_stay(tmp_path: Path) -> None:
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     write(tmp_path, 5, model=trained(seed=0))
     folder = write(tmp_path, 5, model=(again := trained(seed=1)))
-    assert names(tmp_path) == ["step_00000005"]
+    # the first one is set aside, not lost
+    assert names(tmp_path) == ["step_00000005", "superseded_step_00000005"]
     weight = CheckpointReader(folder).whole("prototypes.weight")
     assert torch.equal(weight, again.get_parameter("prototypes.weight"))
 
@@ -236,7 +240,7 @@ def test_what_was_just_saved_stays_whatever_later_steps_an_earlier_attempt_left(
     # Resumed from step 5 by its path: steps 15 and 20 are another future.
     folder = write(tmp_path, 10, model=model, keep=2)
     assert folder.is_dir()
-    CheckpointReader(folder)
+    assert find("auto", tmp_path) == folder
 
 
 KILLED = """
@@ -425,7 +429,10 @@ def test_each_damage_is_one_sentence(run_dir: Path, tmp_path: Path, damage: str)
         ),
         (lambda: build(head_dims=(8,)), ["is not in the model", "head.layers.0.weight"]),
         (lambda: build(head_dims=(16, 8, 8)), ["is missing"]),
-        (lambda: build(trunk="regnety_200mf"), ["another model", "regnety_debug", "is missing"]),
+        (
+            lambda: build(trunk="regnety_200mf"),
+            [r"another model \(regnety_debug\): \d{3} tensors differ", "trunk.trunk_output"],
+        ),
     ],
 )
 def test_another_model_is_refused_by_what_differs(

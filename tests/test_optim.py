@@ -275,7 +275,7 @@ def run_sharded(
         for n, p in parameters.items()
     ]
     optimizer = build(groups, trust, shards=world)
-    grad_norms, sizes = [], []
+    grad_norms, last_sizes = [], []
     for step in range(STEPS):
         frozen = UNIT_ROWS if step < frozen_steps else frozenset()
         apply_schedule(optimizer.param_groups, lr=LR, frozen=frozen)
@@ -299,11 +299,12 @@ def run_sharded(
                     for other in others:
                         other["params"] = [parameters[other["name"]]]
         grad_norms.append(float(optimizer.take_grad_norm()))
+        last_sizes = sizes
     result = [(s.name, s.offset, s.values.clone(), s.momentum.clone()) for s in optimizer.slices()]
     for name, parameter in parameters.items():  # the padding is where it was
         left = max(0, min(parameter.numel(), math.prod(shapes[name]) - rank * parameter.numel()))
         assert (parameter.detach()[left:] == PADDING).all()
-    return result, grad_norms, sizes
+    return result, grad_norms, last_sizes
 
 
 def joined(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import termios
+from collections.abc import Callable
+from contextlib import suppress
 from io import StringIO
+from typing import TextIO
 
 import pytest
 
@@ -65,32 +69,40 @@ def test_a_line_in_between_is_said_as_it_is() -> None:
     assert stream.getvalue() == "warning: two\nlines\n"
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def shown_on_terminal(act: Callable[[TextIO], None]) -> str:
+    """What a terminal of 120 columns receives while `act` writes to it."""
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
     with os.fdopen(theirs, "w") as terminal:
+        act(terminal)
+    received = b""
+    # The end of a pseudo-terminal whose other side is closed is an error.
+    with suppress(OSError):
+        while part := os.read(ours, 1 << 16):
+            received += part
+    os.close(ours)
+    return received.decode()
+
+
+def test_a_terminal_gets_a_bar(clock: list[float]) -> None:
+    def run(terminal: TextIO) -> None:
         display = Progress(10, 4, terminal)
         for step in range(5, 11):
+            clock[0] += 1.0
             display.update(step, METRICS)
             if step == 7:
                 display.say("half way")
         display.close()
         display.close()
-        terminal.flush()
-        shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+
+    shown = shown_on_terminal(run)
     assert "half way\r\n" in shown  # a line of its own
-    assert "\r" in shown.replace("\r\n", "")
-    assert "4/10" in shown
-    last = shown.split("\r")[-2]
-    assert "10/10" in last
-    assert "loss 2.7183" in last
-    assert "12.3 img/s" in last
+    states = [state for state in shown.split("\r") if "/10" in state]
+    assert "4/10" in states[0]
+    assert "10/10" in states[-1]
+    assert "loss 2.7183" in states[-1]
+    assert "12.3 img/s" in states[-1]
 
 
-def test_a_run_that_is_done_already_shows_nothing_wrong() -> None:
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs, "w") as terminal:
-        Progress(10, 10, terminal).close()
-        terminal.flush()
-        assert "10/10" in os.read(ours, 1 << 16).decode()
-    os.close(ours)
+def test_a_run_that_is_done_already_shows_its_last_state() -> None:
+    assert "10/10" in shown_on_terminal(lambda terminal: Progress(10, 10, terminal).close())

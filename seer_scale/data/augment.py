@@ -19,9 +19,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from seer_scale.errors import ConfigError
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from seer_scale.preprocessing import MEAN, STD
 
 RATIO = (3 / 4, 4 / 3)
 FLIP_PROBABILITY = 0.5

@@ -169,7 +169,7 @@ class GroupedSyncBatchNorm(_BatchNorm):
         dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
         # The kernel computes in the type of the running buffers; without any, in that of x.
         scratch = x.new_zeros(2, channels, dtype=dtype)
-        local_mean, local_variance = torch.batch_norm_update_stats(x, *scratch, 0.0)
+        local_mean, local_variance = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
         local_mean, local_variance = local_mean.double(), local_variance.double()
         local_count = local_mean.new_full((1,), x.numel() // channels)
         squares = local_variance + local_mean.square()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def init(timeout_minutes: float = 30.0) -> torch.device:
-    """Joins the process group that deepspeed, torchrun or SLURM describe in the environment.
+    """Joins the process group that deepspeed or torchrun describe in the environment.
 
     A plain `python` run becomes a group of one. Returns this rank's device. On CPU the cores of
     the node are divided among its ranks: more threads than cores make every rank slower.
@@ -33,6 +33,7 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group(
                 backend,
                 timeout=timeout,

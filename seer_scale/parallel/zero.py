@@ -7,10 +7,13 @@ parameter group per tensor, so that every partition it is handed is a slice of a
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from seer_scale.optim import Slice, SliceSGD
@@ -26,6 +29,8 @@ class ZeroEngine:
         build_optimizer: Callable[[nn.Module, int], SliceSGD],
         ds_config: dict[str, Any],
     ) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found no other
         import deepspeed
         from deepspeed.utils import logger
 
@@ -33,6 +38,8 @@ class ZeroEngine:
         # On CPU DeepSpeed would compile an all-reduce of its own at first use: a minute, a
         # compiler, and a lock that a killed build leaves for the next run to wait on. gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Of torch to DeepSpeed, on every rank: nothing a user can act on.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         self.model = model
         self._stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         shards = distributed.world_size() if self._stage > 0 else 1

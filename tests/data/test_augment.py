@@ -6,9 +6,10 @@ from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp, kstest
 from torchvision import transforms
 
-from seer_scale.data.augment import MEAN, STD, CropParameters, MultiCrop, apply, cut
+from seer_scale.data.augment import CropParameters, MultiCrop, apply, cut
 from seer_scale.data.order import sample_rng
 from seer_scale.errors import ConfigError
+from seer_scale.preprocessing import MEAN, STD
 
 DRAWS = 2000
 P_VALUE = 1e-4  # seeds are fixed: a failure is a changed distribution, not bad luck

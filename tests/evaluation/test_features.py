@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def test_any_image_becomes_a_square(size: tuple[int, int]) -> None:
 
 def test_an_image_of_the_size_is_taken_as_it_is() -> None:
     image = noise(3)
-    pixels = torch.tensor(list(image.getdata())).view(32, 32, 3).permute(2, 0, 1)
+    pixels = torch.tensor(np.array(image)).permute(2, 0, 1)
     assert torch.equal(colours(prepare(image, 32)), pixels.float())
 
 
@@ -146,14 +147,14 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_statistics_are_the_mean_over_batches(training: bool) -> None:
     trunk = build_trunk("regnety_debug").train(training)
-    images = source(7)
+    images = source(6)
     before = {name: p.detach().clone() for name, p in trunk.named_parameters()}
     trunk.stem[1].running_mean.fill_(50)  # what was there before must not count
     measure_batch_norm(trunk, images, size=32, batch_size=3)
 
     means, variances = [], []
     weight = trunk.stem[0].weight.detach().double()
-    for first in range(0, 7, 3):
+    for first in range(0, 6, 3):
         batch = torch.stack([prepare(image, 32) for image in images.images[first : first + 3]])
         x = F.conv2d(batch.double(), weight, stride=2, padding=1).transpose(0, 1).flatten(1)
         means.append(x.mean(1))
@@ -163,7 +164,7 @@ def test_batch_norm_statistics_are_the_mean_over_batches(training: bool) -> None
     for name, values in expected.items():
         actual = getattr(norm, name).double()
         torch.testing.assert_close(actual, torch.stack(values).mean(0), rtol=1e-4, atol=1e-5)
-    assert int(norm.num_batches_tracked) == 3
+    assert int(norm.num_batches_tracked) == 2
     assert norm.momentum == 0.1
     assert trunk.training == training
     assert all(torch.equal(before[name], p) for name, p in trunk.named_parameters())

@@ -117,6 +117,15 @@ def test_torchrun_trains(images: Path, tmp_path: Path) -> None:
     assert len(lines(tmp_path / "run")) == 3
 
 
+def test_plain_python_runs_zero_alone(images: Path, tmp_path: Path) -> None:
+    argv = arguments(images, tmp_path / "run", "train.steps=3", "optim.warmup_steps=1")
+    config = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json")]
+    done = launch([*PYTHON, *argv, *config], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert len(lines(tmp_path / "run")) == 3
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resuming_goes_on(
     images: Path, tmp_path: Path, signum: signal.Signals

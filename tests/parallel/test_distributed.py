@@ -51,6 +51,7 @@ def collectives() -> dict[str, Any]:
 
 
 def test_collectives_on_four_ranks(distributed: Distributed) -> None:
+    strided = [row for r in range(4) for row in ([10 * r, 10 * r + 2], [10 * r + 1, 10 * r + 3])]
     for rank, result in enumerate(distributed(collectives, 4)):
         assert result == {
             "who": (rank, 4, rank == 0),
@@ -58,7 +59,7 @@ def test_collectives_on_four_ranks(distributed: Distributed) -> None:
             "sum": [10.0, -10.0],
             "max": [4.0, -1.0],
             "gathered": [0, 0, 1, 1, 2, 2, 3, 3],
-            "strided": [row for r in range(4) for row in ([10 * r, 10 * r + 2], [10 * r + 1, 10 * r + 3])],
+            "strided": strided,
             "broadcast": {"id": 0},
             "lists": [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)],
         }
@@ -91,9 +92,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 def gradients(size: int) -> tuple[Tensor, Tensor]:
     """Weight gradient averaged over the group's ranks, and the gradient of this rank's rows."""
-    groups = [
-        dist.new_group(list(range(f, f + size))) for f in range(0, ranks.world_size(), size)
-    ]
+    groups = [dist.new_group(list(range(f, f + size))) for f in range(0, ranks.world_size(), size)]
     group = groups[ranks.rank() // size]
     index = dist.get_rank(group)
     images, weight = data()
