@@ -26,7 +26,7 @@ demo: $(READY)  ## pretrain on real photographs, register the model, compare its
 	$(BIN)/python launch/demo.py
 
 test: check  ## lint, types and every test but the slow ones
-	$(PYTEST) -m "not slow"
+	$(PYTEST)
 
 test-slow: $(READY)  ## the tests that take minutes each
 	$(PYTEST) -m slow

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -39,10 +40,19 @@ def processes() -> int:
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
+def free_port() -> int:
+    """A port that no other job on this machine listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def pretrain(run_dir: Path) -> None:
     """Runs the recipe as a user would, in processes of its own."""
     command = [
-        *("deepspeed", "--quiet", "--num_gpus", str(processes()), "launch/pretrain.py"),
+        *("deepspeed", "--quiet", "--num_gpus", str(processes())),
+        *("--master_port", str(free_port()), "launch/pretrain.py"),
         *("--recipe", "demo", "--deepspeed_config", "ds_configs/zero2.json", f"run.dir={run_dir}"),
     ]
     print("$", " ".join(command), flush=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 from seer_scale.ds_config import load_ds_config, resolve_ds_config  # noqa: E402
-from seer_scale.errors import UserError, exit_with  # noqa: E402
+from seer_scale.errors import ConfigError, UserError, exit_with  # noqa: E402
 from seer_scale.recipe import Arguments, parse  # noqa: E402
 
 
@@ -37,15 +37,27 @@ def run(arguments: Arguments) -> bool:
     from seer_scale.models.regnet import trunk_config
     from seer_scale.objectives import check_options
     from seer_scale.parallel import distributed
+    from seer_scale.tracking.uri import resolve_uri
     from seer_scale.trainer import Trainer
 
-    trunk_config(config.model.trunk)
+    stages = len(trunk_config(config.model.trunk).stages)
+    groups = config.sharding.checkpoint_groups
+    if groups is not None and len(groups) != stages:
+        raise ConfigError(
+            f"sharding.checkpoint_groups has {len(groups)} lists, but {config.model.trunk} has "
+            f"{stages} stages: give one list per stage"
+        )
+    if config.tracking.enabled:
+        resolve_uri(config.tracking.uri)
     crops = sum(config.data.crop_counts)
     check_options(config.objective.name, config.objective.options, crops=crops)
     build.transform_of(config)
     resume = checkpoint.choose(arguments.resume, Path(config.run.dir))
     if arguments.resume == "auto" and resume is None and is_main:
-        print(f"--resume auto: {config.run.dir} holds no checkpoint, so this run starts afresh")
+        print(
+            f"--resume auto: {config.run.dir} holds no checkpoint, so this run starts afresh",
+            file=sys.stderr,
+        )
     source = open_source(config.data.path)
 
     device = distributed.init()

@@ -41,7 +41,7 @@ def transform_of(config: RunConfig) -> MultiCrop:
     return MultiCrop(
         data.crop_sizes,
         data.crop_counts,
-        data.crop_scales,
+        data.scales,
         color_distortion=data.color_distortion,
         blur_probability=data.blur_probability,
     )
@@ -78,8 +78,8 @@ def learning_rate_of(config: RunConfig, step: int) -> float:
     )
 
 
-def tracker_of(config: RunConfig) -> Tracker | NullTracker:
-    """Tracking of the run on rank 0; the same verbs without effect elsewhere."""
+def tracker_of(config: RunConfig, first_step: int) -> Tracker | NullTracker:
+    """Tracking of the run on rank 0, from `first_step` on; no effect on other ranks."""
     tracking = config.tracking
     if not (tracking.enabled and distributed.is_main()):
         return NullTracker()
@@ -92,6 +92,7 @@ def tracker_of(config: RunConfig) -> Tracker | NullTracker:
         registered_name=tracking.registered_name,
         run_name=run_dir.name,
         system_metrics=tracking.system_metrics,
+        first_step=first_step,
     )
 
 

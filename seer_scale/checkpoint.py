@@ -24,6 +24,7 @@ from seer_scale.errors import CheckpointError, UserError
 from seer_scale.optim import Slice
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
+from seer_scale.records import METRICS
 from seer_scale.serving import export_trunk
 
 FORMAT = 1
@@ -72,7 +73,8 @@ def save(
     folder = checkpoint_folder(root, step)
     partial = root / f".{folder.name}.partial"
     if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in root.glob(".step_*"):  # of saves and deletions that were killed
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
     _write_rank(partial, slices if writes_slices else (), model, local_state)
@@ -85,7 +87,8 @@ def save(
         for later in saved[here + 1 :]:  # of an attempt that was resumed from before them
             _set_aside(later)
         for old in saved[: max(0, here + 1 - keep)]:
-            shutil.rmtree(old)
+            # Renamed first: a kill in mid-deletion must not leave half a checkpoint by its name.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.deleting")))
     distributed.barrier()
     return folder
 
@@ -164,14 +167,17 @@ def choose(resume: str | None, run_dir: Path) -> Path | None:
         CheckpointError: if `--resume` names no checkpoint.
     """
     root = run_dir / "checkpoints"
-    if resume is not None:
-        return find(resume, root)
-    if saved := list_checkpoints(root):
+    found = find(resume, root) if resume is not None else None
+    inside = found is not None and found.resolve().is_relative_to(run_dir.resolve())
+    saved = list_checkpoints(root)
+    used = bool(saved) or (run_dir / METRICS).exists()
+    if used and resume != "auto" and not inside:
+        last = saved[-1].name if saved else "no checkpoint yet"
         raise UserError(
-            f"run.dir={run_dir} already holds a run, saved up to {saved[-1].name}: go on with "
-            "--resume auto or give another run.dir"
+            f"run.dir={run_dir} already holds a run ({last}): go on with --resume auto or give "
+            "another run.dir"
         )
-    return None
+    return found
 
 
 def find(resume: str, root: Path) -> Path | None:
@@ -247,9 +253,8 @@ class CheckpointReader:
         shape = self.shapes[name]
         return self.read(name, 0, torch.Size(shape).numel()).view(shape)
 
-    @torch.no_grad()
-    def fill(self, model: nn.Module) -> None:
-        """Copies every parameter and buffer into `model`.
+    def check(self, model: nn.Module) -> None:
+        """Compares names and shapes with those of `model`, which may be on meta.
 
         Raises:
             CheckpointError: if the checkpoint is another model's; names the differences.
@@ -270,6 +275,16 @@ class CheckpointReader:
                 f"{len(differences)} tensors differ ({'; '.join(sorted(differences)[:3])}); resume "
                 "with the recipe and model.* keys it was made with"
             )
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Copies every parameter and buffer into `model`.
+
+        Raises:
+            CheckpointError: as `check` does.
+        """
+        self.check(model)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, tensor in tensors.items():
             tensor.copy_(self.whole(name))
 

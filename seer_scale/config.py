@@ -16,6 +16,8 @@ TRUNK_STRIDE = 32  # a smaller crop would leave no pixel for the last stage
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+# torch is seeded with this shifted left by 20 bits, which has to fit its 64.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +39,7 @@ class Section(BaseModel):
 
 class RunSection(Section):
     dir: Text = Field(description="folder of this run")
-    seed: NonNegative = Field(0, description="seed of initial values, sample order, augmentation")
+    seed: Seed = Field(0, description="seed of initial values, sample order, augmentation")
     log_samples: bool = Field(False, description="write every step's sample ids to samples.jsonl")
 
 
@@ -99,7 +101,9 @@ class OptimSection(Section):
     trust_coefficient: PositiveFloat = Field(1e-3, description="LARC's trust coefficient")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     warmup_steps: NonNegative = Field(
-        0, description="linear warm-up, from base_lr * node batch / 256"
+        0,
+        description="linear warm-up from the learning rate of one node's batch (peak / nodes), "
+        "on a single node from peak * end_lr_ratio",
     )
     end_lr_ratio: Fraction = Field(
         1e-3, description="last learning rate of cosine, as a share of the peak"
@@ -168,8 +172,10 @@ class DataSection(Section):
     path: Text = Field(description="an image folder, a tar shard, a folder or a pattern of shards")
     crop_sizes: CropSizes = Field(description="pixels, one per resolution, e.g. [224, 96]")
     crop_counts: PositiveInts = Field(description="crops per resolution, e.g. [2, 4]")
-    crop_scales: Scales = Field(
-        ((0.14, 1.0), (0.05, 0.14)), description="smallest and largest share of the image's area"
+    crop_scales: Scales | None = Field(
+        None,
+        description="smallest and largest share of the image's area; null means [0.14, 1.0] for "
+        "the first resolution and [0.05, 0.14] for the others",
     )
     color_distortion: NonNegativeFloat = Field(1.0, description="strength of colour jitter")
     blur_probability: Fraction = Field(0.5, description="Gaussian blur, radius 0.1 to 2 pixels")
@@ -177,14 +183,19 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _crops_fit_together(self) -> Self:
-        if not len(self.crop_sizes) == len(self.crop_counts) == len(self.crop_scales):
+        sizes, counts, scales = list(self.crop_sizes), list(self.crop_counts), self.crop_scales
+        if len(sizes) != len(counts):
             raise ValueError(
-                f"data.crop_sizes, data.crop_counts and data.crop_scales need one entry per "
-                f"resolution each, but have {len(self.crop_sizes)} ({list(self.crop_sizes)}), "
-                f"{len(self.crop_counts)} ({list(self.crop_counts)}) and "
-                f"{len(self.crop_scales)} ({_lists(self.crop_scales)})"
+                f"data.crop_sizes and data.crop_counts need one entry per resolution each, but "
+                f"have {len(sizes)} ({sizes}) and {len(counts)} ({counts})"
             )
-        for low, high in self.crop_scales:
+        if scales is not None and len(scales) != len(sizes):
+            raise ValueError(
+                f"data.crop_scales needs one entry per resolution, but has {len(scales)} "
+                f"({_lists(scales)}) for data.crop_sizes {sizes}: name them all, or set "
+                f"data.crop_scales=null for the usual ones"
+            )
+        for low, high in self.scales:
             if not low < high <= 1:
                 raise ValueError(
                     f"data.crop_scales holds [{low}, {high}], but a scale is [smallest, largest] "
@@ -196,6 +207,11 @@ class DataSection(Section):
                 f"crops, since the objective compares one with another"
             )
         return self
+
+    @property
+    def scales(self) -> tuple[tuple[float, float], ...]:
+        """`crop_scales`, or SwAV's: large crops of the first resolution, small ones of the rest."""
+        return self.crop_scales or ((0.14, 1.0), *[(0.05, 0.14)] * (len(self.crop_sizes) - 1))
 
 
 class CheckpointSection(Section):
@@ -227,15 +243,6 @@ class RunConfig(Section):
     data: DataSection
     checkpoint: CheckpointSection
     tracking: TrackingSection
-
-    @model_validator(mode="after")
-    def _warmup_ends_before_the_run(self) -> Self:
-        if self.optim.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"optim.warmup_steps is {self.optim.warmup_steps}, but train.steps is "
-                f"{self.train.steps}: the warm-up must end before the run does"
-            )
-        return self
 
 
 def _lists(rows: tuple[tuple[Any, ...], ...] | None) -> list[list[Any]]:

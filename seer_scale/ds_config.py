@@ -95,6 +95,27 @@ ZERO_KEYS = (
     "zero_quantized_gradients",
     "zero_quantized_weights",
 )
+# Types of the keys in zero_optimization that people set; DeepSpeed asks for the rest.
+ZERO_INTEGERS = {  # key -> the smallest
+    "allgather_bucket_size": 1,
+    "reduce_bucket_size": 1,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "sub_group_size": 1,
+}
+ZERO_BOOLEANS = (
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "zero_quantized_gradients",
+    "zero_quantized_weights",
+)
+ZERO_OFFLOADS = ("offload_optimizer", "offload_param")
+OFFLOAD_DEVICES = ("cpu", "nvme", "none")
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
@@ -141,7 +162,8 @@ def resolve_ds_config(
 
     Raises:
         ConfigError: a section that is the recipe's, a number that contradicts it, a key that
-            DeepSpeed does not have, or a stage other than 0 to 3.
+            DeepSpeed does not have, a stage other than 0 to 3, or another value of
+            zero_optimization that has the wrong type.
     """
     owned = _owned(config, world_size)
     known = (*owned, *REFUSED, *DEEPSPEED_KEYS)
@@ -211,6 +233,28 @@ def _check_zero(zero: Any, path: str | Path) -> None:
         raise ConfigError(
             f"{path}: zero_optimization.stage is {shown(stage)}, but must be 0, 1, 2 or 3"
         )
+    for key, value in zero.items():
+        takes = _expected(key, value)
+        if takes and value != "auto":  # which DeepSpeed reads as left out
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} is {shown(value)}, but must be {takes}: correct "
+                f"it, or leave it out for DeepSpeed's default"
+            )
+
+
+def _expected(key: str, value: Any) -> str:
+    """What the key takes, or '' where `value` is that."""
+    if key in ZERO_INTEGERS:
+        # JSON has no integer 5e7; DeepSpeed takes the whole number that it is.
+        whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+        least = ZERO_INTEGERS[key]
+        return "" if whole and value >= least else f"an integer >= {least}"
+    if key in ZERO_BOOLEANS:
+        return "" if isinstance(value, bool) else "true or false"
+    if key in ZERO_OFFLOADS:
+        device = value.get("device") if isinstance(value, dict) else None
+        return "" if device in OFFLOAD_DEVICES else "an object whose device is cpu, nvme or none"
+    return ""
 
 
 def _switched_off(value: Any) -> bool:

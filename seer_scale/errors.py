@@ -44,5 +44,6 @@ def exit_with(error: UserError) -> NoReturn:
         time.sleep(3)
         print(f"[rank {rank}] ", end="", file=sys.stderr)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     # Not sys.exit: threads of a process group that other ranks still wait in would hold it up.
     os._exit(error.exit_status)

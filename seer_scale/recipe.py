@@ -115,8 +115,19 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
             known = schema.key_schemas().get(key)
             takes = f": it takes {schema.allowed(known)}" if known else ""
             raise ConfigError(f"{key}= has no value{takes}")
-        _join(values, key, read_yaml(text, where=argument))
+        _join(values, key, _value(key, text.strip(), where=argument))
     return values
+
+
+def _value(key: str, text: str, *, where: str) -> Any:
+    quoted = text[0] == text[-1] and text[0] in "'\""
+    if schema.takes_text(key) and not quoted and not (text == "null" and _nullable(key)):
+        return text
+    return read_yaml(text, where=where)
+
+
+def _nullable(key: str) -> bool:
+    return key in DERIVED or schema.allowed(schema.key_schemas()[key]).endswith(" or null")
 
 
 def _check_known(dotted: str, *, where: str = "") -> None:

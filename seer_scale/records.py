@@ -67,12 +67,16 @@ class Records:
                 for name, cause in bad:
                     file.write(json.dumps({"step": step, "name": name, "cause": cause}) + "\n")
 
+    def draw_curve(self) -> None:
+        """Draws `curve.png` from what is there so far."""
+        draw_curve(self.run_dir)
+
     def close(self) -> None:
-        """Closes the files and draws `curve.png`."""
+        """Closes the files and draws the curve."""
         self._metrics.close()
         if self._samples is not None:
             self._samples.close()
-        draw_curve(self.run_dir)
+        self.draw_curve()
 
     def __enter__(self) -> Self:
         return self

@@ -66,6 +66,15 @@ def allowed(schema: Schema, *, many: bool = False) -> str:
     return " ".join([noun, " and ".join(bounds)]).rstrip()
 
 
+def takes_text(key: str) -> bool:
+    """Whether the key takes any string, so that `123` and `*.tar` need no quotes."""
+    schema = key_schemas().get(key, {})
+    return any(
+        choice.get("type") == "string" and "enum" not in choice
+        for choice in schema.get("anyOf", [schema])
+    )
+
+
 def shown(value: Any) -> str:
     """A value as its author would write it, cut where it would drown the sentence."""
     text = json.dumps(value, default=str, ensure_ascii=False)
@@ -137,7 +146,7 @@ def wrong_value(key: str, value: Any, *, where: str = "") -> ConfigError:
     if isinstance(value, float) and not math.isfinite(value):
         takes = takes.replace("number", "finite number")
     elif "string" in takes and not isinstance(value, str | list | dict | None):
-        hint = f'; quotes make it one: "{value}"' if where else f"; write {key}='\"{value}\"'"
+        hint = f'; quotes make it one: "{value}"'
     return ConfigError(
         f"{where}{key} is {shown(value)}, but must be {takes} ({schema['description']}){hint}"
     )

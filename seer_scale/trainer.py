@@ -85,22 +85,29 @@ class Trainer:
         self.config, self.device = config, device
         self.run_dir = Path(config.run.dir)
         self.global_batch = build.global_batch(config)
-        self.tracker = build.tracker_of(config)
+        self._stop_signal: int | None = None
+        self._handlers = {
+            signum: signal.signal(signum, self._on_signal)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
         seed_rank(config.run.seed, distributed.rank())
-
+        self.objective = build_objective(
+            config.objective.name,
+            crops=sum(config.data.crop_counts),
+            options=config.objective.options,
+        )
         reader = checkpoint.CheckpointReader(resume) if resume else None
+        if reader:
+            reader.check(build.model_of(config, torch.device("meta")))
         self.state = TrainState.of(reader.manifest, reader.folder) if reader else TrainState()
+        # Not before all that a user may have got wrong: a finished run's record stays as it is.
+        self.tracker = build.tracker_of(config, self.state.step)
         self.engine = shard(
             partial(build.model_of, config),
             reader.fill if reader else partial(initialise, seed=config.run.seed),
             config,
             ds_config,
             device,
-        )
-        self.objective = build_objective(
-            config.objective.name,
-            crops=sum(config.data.crop_counts),
-            options=config.objective.options,
         )
         if reader:
             reader.fill_momentum(self.engine.slices())
@@ -113,7 +120,6 @@ class Trainer:
         )
         self._losses: list[float] = []  # since the last checkpoint
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
-        self._stop_signal: int | None = None
         self._announce(reader.manifest.get("config", {}) if reader else None)
 
     # --------------------------------------------------------------------------- one step
@@ -135,7 +141,7 @@ class Trainer:
             loss, metrics = self.objective(embeddings, scores)
             self.engine.backward(loss)
             grad_norm = self.engine.step()
-            for name, value in {"loss": loss, **metrics}.items():
+            for name, value in {**metrics, "loss": loss}.items():
                 value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
                 sums[name] = sums.get(name, 0) + value.detach()
         assert grad_norm is not None
@@ -143,16 +149,18 @@ class Trainer:
 
         # The step's one wait for the device.
         means, bad, stop = self._reduce(sums, micro_batches)
-        if not math.isfinite(means["loss"]):
+        # Both are the same on every rank, so all stop here, before such weights are saved.
+        if not math.isfinite(means["loss"] + float(grad_norm)):
             raise UserError(
-                f"the loss of step {self.state.step} is {means['loss']}: the run stops, its "
+                f"the loss of step {self.state.step} is {means['loss']}, the norm of its gradient "
+                f"{float(grad_norm)}: the run stops, its "
                 "checkpoints stay; try a lower optim.lr or optim.base_lr, a longer "
                 "optim.warmup_steps or train.precision=fp32"
             )
         self._record_samples(micro_batches, bad)
         seconds = time.perf_counter() - began
         return {
-            "loss": means.pop("loss"),
+            **means,
             "lr": self.engine.param_groups[0]["lr"],
             "grad_norm": float(grad_norm),
             "images_per_second": self.global_batch / seconds,
@@ -161,7 +169,6 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.device),
             "samples_seen": self.state.samples_seen,
             "bad_samples": bad,
-            **means,
         }, stop
 
     def _apply_schedules(self) -> None:
@@ -204,8 +211,6 @@ class Trainer:
 
     def train(self) -> bool:
         """Runs to the last step, or to a signal; saves as it goes. Returns whether it is done."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._on_signal)
         saved_step = self.state.step
         stop = False
         while self.state.step < self.config.train.steps and not stop:
@@ -242,6 +247,8 @@ class Trainer:
             },
             keep=self.config.checkpoint.keep,
         )
+        if self.records:
+            self.records.draw_curve()
         if self.config.tracking.log_models:
             self.tracker.log_model(
                 folder / "trunk",
@@ -266,7 +273,10 @@ class Trainer:
             for name in ("curve.png", "metrics.jsonl", "bad_samples.jsonl"):
                 if (self.run_dir / name).exists():
                     self.tracker.log_artifact(self.run_dir / name)
+        # Nobody who stopped a run wants to wait for its records.
         sent = self.tracker.close(status, wait_s=TRACKER_SECONDS if status == "FINISHED" else 0.0)
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
         if not sent and self.config.tracking.enabled:
             self._say(
                 "not everything has reached MLflow yet; the sender goes on for a while, and "

@@ -14,6 +14,7 @@ from seer_scale.config import RunConfig
 from seer_scale.ds_config import load_ds_config, resolve_ds_config
 from seer_scale.errors import ConfigError
 from seer_scale.recipe import parse
+from seer_scale.schema import shown
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "launch" / "recipes"
@@ -61,7 +62,7 @@ def test_recipe_fills_in_what_it_owns() -> None:
     resolved = resolve(raw, "train.gradient_accumulation=3", world_size=4)
     assert raw == before
     assert resolved == {
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 2, "compute_grad_norm": False},
         "wall_clock_breakdown": True,
         "train_micro_batch_size_per_gpu": 32,
         "gradient_accumulation_steps": 3,
@@ -179,6 +180,46 @@ def test_missing_file(tmp_path: Path) -> None:
         load_ds_config(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "takes"),
+    [
+        ("reduce_bucket_size", "5e7", "an integer >= 1"),
+        ("reduce_bucket_size", 0, "an integer >= 1"),
+        ("allgather_bucket_size", 1.5, "an integer >= 1"),
+        ("stage3_prefetch_bucket_size", True, "an integer >= 0"),
+        ("stage3_param_persistence_threshold", -1, "an integer >= 0"),
+        ("stage3_max_live_parameters", None, "an integer >= 0"),
+        ("stage3_max_reuse_distance", float("inf"), "an integer >= 0"),
+        ("overlap_comm", "true", "true or false"),
+        ("contiguous_gradients", 1, "true or false"),
+        ("reduce_scatter", None, "true or false"),
+        ("offload_param", True, "an object whose device is cpu, nvme or none"),
+        ("offload_optimizer", {"device": "gpu"}, "an object whose device is cpu, nvme or none"),
+        ("offload_optimizer", {}, "an object whose device is cpu, nvme or none"),
+        ("offload_param", {"device": ["cpu"]}, "an object whose device is cpu, nvme or none"),
+    ],
+)
+def test_wrong_types(key: str, value: Any, takes: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        resolve({"zero_optimization": {"stage": 3, key: value}})
+    sentence = str(raised.value)
+    assert f"zero.json: zero_optimization.{key} is {shown(value)}, but must be {takes}" in sentence
+    assert "leave it out" in sentence
+
+
+def test_what_deepspeed_takes_is_accepted() -> None:
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": 5e7,
+        "allgather_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 0,
+        "overlap_comm": False,
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "offload_optimizer": {"device": "none"},
+    }
+    assert resolve({"zero_optimization": zero})["zero_optimization"] == zero
+
+
 def test_key_lists_match_the_installed_deepspeed() -> None:
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -186,4 +227,6 @@ def test_key_lists_match_the_installed_deepspeed() -> None:
     fields = DeepSpeedZeroConfig.model_fields
     accepted = {field.alias or name for name, field in fields.items()}
     assert set(ds_config.ZERO_KEYS) <= accepted
+    typed = {*ds_config.ZERO_INTEGERS, *ds_config.ZERO_BOOLEANS, *ds_config.ZERO_OFFLOADS}
+    assert typed <= set(ds_config.ZERO_KEYS)
     assert not set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) & set(ds_config.DEEPSPEED_KEYS)

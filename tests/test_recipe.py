@@ -70,7 +70,8 @@ BAD = [
     ("demo", ["'demo' is not an override section.key=value"]),
     ("train.steps=", ["train.steps= has no value", "an integer > 0"]),
     ("data.crop_sizes=[64,", ["data.crop_sizes=[64, is not valid YAML"]),
-    ("data.path=*.tar", ["data.path=*.tar is not valid YAML"]),
+    ("data.crop_sizes=*a", ["data.crop_sizes=*a is not valid YAML"]),
+    ("data.path='a'b'", ["data.path='a'b' is not valid YAML"]),
     ("train.steps=5 train.steps=6", ["train.steps is given twice: 5 and 6"]),
     ("--resume", ["--resume", "expected one argument"]),
     ("--resume=", ["--resume has no value"]),
@@ -86,13 +87,13 @@ BAD = [
     ("optim.base_lr=true", ["optim.base_lr is true", "a number > 0"]),
     ("optim.larc=yes", ['optim.larc is "yes"', "true or false"]),
     ("optim.larc=1", ["optim.larc is 1", "true or false"]),
-    ("run.dir=5", ["run.dir is 5", "a non-empty string", "run.dir='\"5\"'"]),
     ("run.dir=''", ['run.dir is ""', "a non-empty string"]),
-    ("model.trunk=[a]", ['model.trunk is ["a"]', "a non-empty string"]),
     ("model.head_dims=256", ["model.head_dims is 256", "a list of integers > 0"]),
     ("model.head_dims=[256,big]", ['model.head_dims is [256, "big"]', "a list of integers > 0"]),
-    ("objective.name=3", ["objective.name is 3", "a non-empty string"]),
+    ("tracking.uri=''", ['tracking.uri is ""', "a non-empty string or null"]),
     # out of range
+    ("run.seed=-1", ["run.seed is -1", "an integer >= 0 and <= 4294967295"]),
+    ("run.seed=4294967296", ["run.seed is 4294967296", "an integer >= 0 and <= 4294967295"]),
     ("train.steps=0", ["train.steps is 0", "an integer > 0"]),
     ("train.micro_batch_size=-4", ["train.micro_batch_size is -4", "an integer > 0"]),
     ("train.precision=fp16", ['train.precision is "fp16"', "fp32 or bf16"]),
@@ -113,15 +114,18 @@ BAD = [
     # impossible together
     (
         "data.crop_counts=[2,2,2]",
-        ["one entry per resolution", "2 ([64, 32])", "3 ([2, 2, 2])", "2 ([[0.14, 1.0]"],
+        ["one entry per resolution", "2 ([64, 32])", "3 ([2, 2, 2])"],
+    ),
+    (
+        "data.crop_scales=[[0.14,1]]",
+        ["one entry per resolution", "1 ([[0.14, 1.0]])", "[64, 32]", "data.crop_scales=null"],
     ),
     ("data.crop_scales=[[0.5,0.2],[0.1,0.2]]", ["[0.5, 0.2]", "smallest < largest <= 1"]),
     ("data.crop_scales=[[0.5,1.2],[0.1,0.2]]", ["[0.5, 1.2]", "smallest < largest <= 1"]),
     (
-        "data.crop_sizes=[64] data.crop_counts=[1] data.crop_scales=[[0.2,1]]",
+        "data.crop_sizes=[64] data.crop_counts=[1]",
         ["data.crop_counts is [1]", "at least 2 crops"],
     ),
-    ("optim.warmup_steps=8", ["optim.warmup_steps is 8", "train.steps is 8"]),
     (
         "model.head_dims=[64] model.head_batch_norm=true",
         ["model.head_batch_norm is true", "[64]", "no hidden layer"],
@@ -266,6 +270,65 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
 )
 def test_words_stay_words(text: str) -> None:
     assert read("--recipe", "debug", f"tracking.uri={text}").tracking.uri == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("123", "123"),
+        ("true", "true"),
+        ("*.tar", "*.tar"),
+        ("{a..b}.tar", "{a..b}.tar"),
+        ("[a]", "[a]"),
+        ("a: b #c", "a: b #c"),
+        ("'it''s'", "it's"),
+        ('"5"', "5"),
+        ("'null'", "null"),
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["data.path", "run.dir", "tracking.experiment", "tracking.uri", "model.trunk"]
+)
+def test_strings_are_taken_as_written(key: str, text: str, value: str) -> None:
+    section, name = key.split(".")
+    config = read("--recipe", "debug", f"{key}={text}")
+    assert getattr(getattr(config, section), name) == value
+
+
+def test_null_is_null_where_it_is_allowed() -> None:
+    nulls = ("tracking.uri=null", "tracking.registered_name=null", "run.dir=null")
+    config = read("--recipe", "debug", *nulls, "data.path=null")
+    assert config.tracking.uri is None
+    assert (config.tracking.registered_name, config.run.dir) == ("seer-debug", "runs/debug")
+    assert config.data.path == "null"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts", "scales"),
+    [
+        ("[64]", "[2]", ((0.14, 1.0),)),
+        ("[96,64,32]", "[2,1,3]", ((0.14, 1.0), (0.05, 0.14), (0.05, 0.14))),
+    ],
+)
+def test_scales_follow_the_resolutions(
+    sizes: str, counts: str, scales: tuple[tuple[float, float], ...]
+) -> None:
+    crops = (f"data.crop_sizes={sizes}", f"data.crop_counts={counts}")
+    assert read("--recipe", "debug", *crops).data.scales == scales
+
+
+def test_scales_of_a_recipe_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    scales = "crop_scales: [[0.3, 1.0], [0.1, 0.3]]"
+    path = write(tmp_path / "mine.yaml", VALID.replace("path: images", f"path: images, {scales}"))
+    assert read("--recipe", path).data.scales == ((0.3, 1.0), (0.1, 0.3))
+    with pytest.raises(ConfigError, match=r"data\.crop_scales needs one entry per resolution"):
+        read("--recipe", path, "data.crop_sizes=[64]", "data.crop_counts=[2]")
+
+
+def test_a_run_may_end_inside_its_warm_up() -> None:
+    config = read("--recipe", "debug", "train.steps=2")
+    assert config.optim.warmup_steps == config.train.steps == 2
+    assert read("--recipe", "debug", "run.seed=4294967295").run.seed == 2**32 - 1
 
 
 def test_same_override_twice_is_no_contradiction() -> None:

@@ -146,7 +146,7 @@ def test_crops_and_batch_norm_groups(
 ) -> None:
     config = recipe(name)
     assert (config.data.crop_sizes, config.data.crop_counts) == (sizes, counts)
-    assert config.data.crop_scales == ((0.14, 1.0), (0.05, 0.14))
+    assert config.data.scales == ((0.14, 1.0), (0.05, 0.14))
     assert (config.data.color_distortion, config.data.blur_probability) == (1.0, 0.5)
     assert config.sharding.sync_bn_group_size == group
     assert GPUS[name] % group == 0

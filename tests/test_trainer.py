@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,12 +187,16 @@ def run_with_path(folder: str, argv: list[str]) -> int:
 def test_an_installed_objective_trains(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:
-    site = tmp_path / "site"
-    info = site / "calm-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "calm.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: calm\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[seer_scale.objectives]\ncalm = calm:Calm\n")
+    site, project = tmp_path / "site", tmp_path / "project"
+    project.mkdir()
+    (project / "calm.py").write_text(PLUGIN)
+    (project / "setup.py").write_text(
+        "from setuptools import setup\n"
+        "setup(name='calm', version='1.0', py_modules=['calm'],\n"
+        "      entry_points={'seer_scale.objectives': ['calm = calm:Calm']})\n"
+    )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--no-index", "--target", str(site), str(project)], check=True)
     argv = arguments(images, tmp_path / "run", "objective.name=calm", "objective.warmth=0.3")
     distributed(run_with_path, 2, str(site), argv)
     assert all(line["warmth"] == 7.0 for line in lines(tmp_path / "run"))
@@ -227,6 +232,21 @@ def test_another_model_s_checkpoint_is_refused(
     (sentence,) = distributed(refused, 1, arguments(images, tmp_path / "run"), UserError)
     assert "already holds a run" in sentence
     assert len(lines(tmp_path / "run")) == 8  # nothing was lost
+
+
+def test_a_run_is_not_overwritten(distributed: Distributed, images: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    distributed(run_job, 1, arguments(images, first))
+    distributed(run_job, 1, arguments(images, second))
+    elsewhere = str(first / "checkpoints" / "step_00000004")
+    shutil.rmtree(second / "checkpoints" / "step_00000008")
+    for more in (["--resume", elsewhere], []):
+        (sentence,) = distributed(refused, 1, arguments(images, second, *more), UserError)
+        assert f"run.dir={second} already holds a run (step_00000004)" in sentence
+    shutil.rmtree(second / "checkpoints")  # killed before its first checkpoint
+    (sentence,) = distributed(refused, 1, arguments(images, second), UserError)
+    assert "no checkpoint yet" in sentence
+    assert len(lines(second)) == 8
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

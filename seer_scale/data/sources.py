@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,9 @@ _KINDS = "an image folder, a tar shard or a pattern of shards"
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 )
+
+# First bytes of gzip, bzip2, xz and Zstandard.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 Label = int | str
 
@@ -83,14 +87,20 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             return _open_folder(text)
         if not os.path.lexists(text) and any(sign in text for sign in "*?[{"):
             return _open_shards(_expand(text))
-        os.stat(text)
+        return _open_shards([text])
     except FileNotFoundError as error:
-        raise DataError(f"data path {text} does not exist: give {_KINDS}") from error
+        raise DataError(
+            f"data path {error.filename or text} does not exist: give {_KINDS}"
+        ) from error
     except PermissionError as error:
         raise DataError(
             f"data path {error.filename or text} cannot be read: permission denied to this user"
         ) from error
-    return _open_shards([text])
+    except OSError as error:
+        raise DataError(
+            f"data path {error.filename or text} cannot be read ({error.strerror or error}):"
+            f" give {_KINDS}"
+        ) from error
 
 
 def _open_folder(root: str) -> Source:
@@ -147,4 +157,16 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _open_shards(paths: list[str]) -> TarShards:
+    for path in paths:
+        with open(path, "rb") as file:
+            compressed = file.read(6).startswith(_COMPRESSED)
+            file.seek(0)
+            try:
+                tarfile.open(fileobj=file, mode="r:").close()
+            except tarfile.TarError as error:
+                if not compressed:  # what to do with those, TarShards says
+                    raise DataError(
+                        f"data path {path} is neither an image folder nor a tar shard ({error}):"
+                        f" give {_KINDS}"
+                    ) from error
     return TarShards(paths, IMAGE_SUFFIXES)

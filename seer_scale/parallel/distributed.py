@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seer_scale.errors import ConfigError
+
 
 def init(timeout_minutes: float = 30.0) -> torch.device:
     """Joins the process group that deepspeed or torchrun describe in the environment.
@@ -41,6 +43,12 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
                 rank=0,
                 world_size=1,
             )
+    sizes = gather_lists([local_world_size()])
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"nodes have different numbers of ranks ({sorted(set(sizes))}): the learning rate and "
+            "BatchNorm groups of a node need the same number on each"
+        )
     return device
 
 

@@ -5,6 +5,7 @@ What was acknowledged is written down after every request, as a byte offset besi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from seer_scale.tracking.quiet import quieten
 from seer_scale.tracking.spool import (
+    FAILING,
     SENT,
     SETTINGS,
     SPOOL,
@@ -129,7 +131,7 @@ class Delivery:
                     (key, value, event.fields["time"], event.fields["step"])
                     for event in events
                     for key, value in event.fields["metrics"].items()
-                    # A resumed run repeats steps; each value of a step is sent once.
+                    # What a resumed run had sent before the step it goes on from stays as it is.
                     if event.fields["step"] > self.sent["steps"].get(key, -1)
                 )
             case "tags":
@@ -153,6 +155,7 @@ class Delivery:
         """Waits, or sends one by one, or gives one event up: by what the server says."""
         reason, verdict = one_line(error), _refusal(error)
         if verdict == "no" or self._run is None or not self._run.answers():
+            self._mark_as_failing(reason)
             raise Unreachable(reason)
         if len(events) > 1:
             self._alone_until = events[-1].end
@@ -168,6 +171,12 @@ class Delivery:
 
     def _acknowledge(self, events: list[Event]) -> None:
         self._refusals = 0
+        (self.folder / FAILING).unlink(missing_ok=True)
+        if events[0].kind == "start":
+            # Who resumes from an older step says anew what came after it.
+            steps, first = self.sent["steps"], events[0].fields.get("step")
+            if first is not None:
+                self.sent["steps"] = {key: min(step, first) for key, step in steps.items()}
         for event in events:
             for key in event.fields.get("metrics", ()):
                 before = self.sent["steps"].get(key, -1)
@@ -176,6 +185,12 @@ class Delivery:
         write_json(self.folder / SENT, self.sent)
         if events[0].kind == "model":
             shutil.rmtree(model_outbox(self.folder, events[0].fields["step"]), ignore_errors=True)
+
+    def _mark_as_failing(self, reason: str) -> None:
+        """Tells the training process, so that it does not wait for this server."""
+        mark = {"uri": self.sent["uri"], "time": time.time_ns() // 1_000_000, "reason": reason}
+        with contextlib.suppress(OSError):  # a full disk
+            write_json(self.folder / FAILING, mark)
 
     def _path(self, path: str) -> Path:
         return self.folder.parent / path

@@ -1,7 +1,11 @@
-"""One sender at a time: a lock in the run folder that dies with the process that holds it."""
+"""Who is at work in a run folder, told by locks that die with the processes that hold them.
+
+One sender at a time has the file `lock`; whoever writes the spool shares a lock on that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -48,3 +52,19 @@ def holder(folder: Path) -> int | None:
             text = file.read().strip()
             return int(text) if text else 0
         return None
+
+
+def mark_as_written(spool: IO[bytes]) -> None:
+    """Says, until this process closes it or ends, that the open file `spool` is being written."""
+    with contextlib.suppress(OSError):  # a file system without locks; it costs the mark only
+        fcntl.flock(spool, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_written(spool: Path) -> bool:
+    """Whether some process has marked the file `spool` as being written."""
+    with spool.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False

@@ -8,6 +8,7 @@ forks, leaves its caller at once, follows the spool and ends with the run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -23,13 +24,14 @@ import psutil
 
 from seer_scale.errors import UserError
 from seer_scale.tracking.delivery import Delivery, Unreachable
-from seer_scale.tracking.lock import SenderLock, holder
-from seer_scale.tracking.spool import FOLDER, SETTINGS, SPOOL, read_json
+from seer_scale.tracking.lock import SenderLock, holder, is_written
+from seer_scale.tracking.spool import FOLDER, SENT, SETTINGS, SPOOL, read_json
 from seer_scale.tracking.uri import redact, resolve_uri, with_credentials
 
 POLL_S = 0.5
 LONGEST_WAIT_S = 30.0
 SYNC_ATTEMPTS = 5
+TAKE_OVER_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,54 @@ class Outcome:
 def sync(run_dir: Path | str, uri: str | None = None) -> Outcome:
     """Sends what the spool of `run_dir` still holds, and ends the run as it was ended.
 
+    Takes over from the run's own sender if that is still trying after the run has ended.
+
     Args:
         run_dir: a run's folder, wherever it lies now.
         uri: another server than the run's own; it gets the whole run.
 
     Raises:
-        UserError: if the folder holds no tracked run, or another process is sending it.
+        UserError: if the folder holds no tracked run, or its training still runs, or another
+            process has it and makes no progress.
     """
     folder = Path(run_dir) / FOLDER
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{run_dir} is no folder of a tracked run: it has no {FOLDER}/{SETTINGS}")
     lock = SenderLock(folder)
-    if not lock.acquire():
-        raise UserError(f"{run_dir} is being sent by process {holder(folder)}; wait for it to end")
-    recorded: str = read_json(folder / SETTINGS)["uri"]
     try:
+        _take_over(lock, folder)
+        recorded: str = read_json(folder / SETTINGS)["uri"]
         delivery = Delivery(folder, resolve_uri(uri) if uri else with_credentials(recorded))
         return _send_all(delivery)
     finally:
         lock.release()
+
+
+def _take_over(lock: SenderLock, folder: Path) -> None:
+    """Acquires `lock`; a follower that has it is asked to end, another `sync` is waited for."""
+    asked, offset, deadline = 0, None, 0.0
+    while not lock.acquire():
+        now, reached = time.monotonic(), read_json(folder / SENT).get("offset", 0)
+        if reached != offset:
+            offset, deadline = reached, now + TAKE_OVER_S
+        training = not _finished(folder) and is_written(folder / SPOOL)
+        pid = holder(folder)
+        if pid is not None and (training or now > deadline):
+            raise UserError(f"{folder.parent} is being sent by process {pid}; wait for it to end")
+        if pid and pid != asked and _is_follower(pid, folder):
+            with contextlib.suppress(OSError):  # gone by now, or another user's
+                os.kill(pid, signal.SIGTERM)
+            asked = pid
+        time.sleep(0.1)
+
+
+def _is_follower(pid: int, folder: Path) -> bool:
+    """Whether `pid` is this run's detached sender; it may be of another machine or container."""
+    try:
+        command = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return {"seer_scale.tracking.sender", str(folder.parent.resolve())} <= set(command)
 
 
 def _send_all(delivery: Delivery) -> Outcome:
@@ -192,8 +223,13 @@ def main() -> None:
         os._exit(0)
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    # A launcher that ends a job signals everything; what the run says last is still to come.
-    signal.signal(signal.SIGTERM, lambda *_: None if training() else sys.exit(1))
+
+    def leave(*_: object) -> None:
+        # A launcher that ends a job signals everything; what the run says last is still to come.
+        if _finished(folder) or not training():
+            os._exit(1)  # at once, whatever is under way: who sends next repeats it
+
+    signal.signal(signal.SIGTERM, leave)
     try:
         follow(folder, lock, training, arguments.drain)
     except Exception:

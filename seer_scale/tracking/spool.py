@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seer_scale.tracking.lock import holder
+from seer_scale.tracking.lock import holder, mark_as_written
 from seer_scale.tracking.uri import redact
 
 FOLDER = "tracking"
 SPOOL = "spool.jsonl"
 SETTINGS = "settings.json"
 SENT = "sent.json"
+FAILING = "failing.json"  # there while the server does not answer
+RETRY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Tracker:
-    """Rank 0's side of tracking: every call appends a line and returns within microseconds.
+    """Rank 0's side of tracking: a call appends a line, which takes microseconds.
 
-    A spool that cannot be written (a full disk) costs a warning and the record, not the run.
+    Only `log_model` takes longer: it also links the model's files, or copies them where the file
+    system has no links. A spool that cannot be written (a full disk) costs a warning and the
+    record, not the run.
     """
 
     def __init__(self, run_dir: Path | str) -> None:
         self.run_dir = Path(run_dir).resolve()
         self.folder = self.run_dir / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._began = _now()
         self._file = (self.folder / SPOOL).open("ab", buffering=0)
+        mark_as_written(self._file)
         self._warned = False
         # A process killed in mid-write leaves half a line; it must not swallow the next one.
         self._torn = not _ends_with_newline(self.folder / SPOOL)
@@ -99,15 +105,17 @@ class Tracker:
         return sent.get("run_id") if sent.get("uri") == settings.get("uri") else None
 
     def wait_for_run_id(self, timeout_s: float) -> str | None:
-        """`run_id`, waiting up to `timeout_s` for it; None if no server has answered by then."""
+        """`run_id`, waiting up to `timeout_s` for it, or until the server has failed once."""
         deadline = time.monotonic() + timeout_s
         while (run_id := self.run_id) is None and time.monotonic() < deadline:
+            if self._server_fails():
+                break
             time.sleep(0.1)
         return run_id
 
-    def start(self, run_name: str) -> None:
-        """Says that a process begins, or continues, this run."""
-        self._append("start", run_name=run_name, time=_now())
+    def start(self, run_name: str, step: int = 0) -> None:
+        """Says that a process begins this run, or continues it after `step`."""
+        self._append("start", run_name=run_name, step=step, time=_now())
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters of the run; of a resumed run, those that changed become tags."""
@@ -155,6 +163,8 @@ class Tracker:
     def close(self, status: str = "FINISHED", wait_s: float = 30.0) -> bool:
         """Ends the run and waits, at most `wait_s`, until all of it was sent.
 
+        A server that is failing gets one more attempt of `RETRY_S` seconds and no further wait.
+
         Returns:
             Whether it was; otherwise the sender goes on a while, and `launch/sync.py` sends the
             rest at any time.
@@ -162,8 +172,11 @@ class Tracker:
         if self._file.closed:
             return self.all_sent()
         self.finish(status)
-        deadline = time.monotonic() + wait_s
-        while not self.all_sent() and time.monotonic() < deadline and self.sender_alive():
+        began = time.monotonic()
+        while not self.all_sent() and self.sender_alive():
+            waited = time.monotonic() - began
+            if waited >= (min(wait_s, RETRY_S) if self._server_fails() else wait_s):
+                break
             time.sleep(0.1)
         self._file.close()
         return self.all_sent()
@@ -176,6 +189,12 @@ class Tracker:
     def sender_alive(self) -> bool:
         """Whether some process is sending this spool, or waits to."""
         return holder(self.folder) is not None
+
+    def _server_fails(self) -> bool:
+        """Whether the last attempt to send failed; one before this process began says nothing."""
+        failing, settings = read_json(self.folder / FAILING), read_json(self.folder / SETTINGS)
+        since: int = failing.get("time", 0)
+        return since >= self._began and failing.get("uri") == settings.get("uri")
 
     def _append(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, **fields}).encode() + b"\n"

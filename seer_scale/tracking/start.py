@@ -27,12 +27,16 @@ def start_tracking(
     registered_name: str,
     run_name: str,
     system_metrics: bool,
+    first_step: int = 0,
     drain_s: float = 60.0,
 ) -> Tracker:
     """Opens the spool of `run_dir` and starts a detached process that sends it to MLflow.
 
     Called by rank 0 only. The same folder continues the same MLflow run; with another `uri` than
     before the whole spool is sent there, as a new run.
+
+    A process that goes back to an older step sends its own values for the steps it repeats. MLflow
+    then holds two points for such a step; the one with the later timestamp is the new attempt's.
 
     Args:
         run_dir: the run's folder.
@@ -41,6 +45,8 @@ def start_tracking(
         registered_name: name under which `log_model` registers.
         run_name: shown by MLflow.
         system_metrics: also record processor, memory and GPU figures of this node.
+        first_step: the step that this process continues from, whose values are sent already; 0 for
+            a new run.
         drain_s: how long the sender goes on after the run without any progress.
 
     Raises:
@@ -61,7 +67,7 @@ def start_tracking(
     write_json(settings, values)
     installed = tracker.folder / ENVIRONMENT
     installed.write_text(_environment())
-    tracker.start(run_name)
+    tracker.start(run_name, first_step)
     tracker.log_artifact(installed)
     _start_sender(tracker, full_uri, drain_s)
     return tracker

@@ -170,6 +170,16 @@ def one_of_pattern_missing(path):
     return f"{path}/a-{{0..1}}.tar"
 
 
+def loop(path):
+    (path / "loop.tar").symlink_to("loop.tar")
+    return path / "loop.tar"
+
+
+def folder_named_tar(path):
+    (path / "a.tar").mkdir()
+    return f"{path}/*.tar"
+
+
 def folder_of_text(path):
     (path / "readme.txt").touch()
     return path
@@ -187,9 +197,16 @@ def folder_of_text(path):
         (lambda path: f"{path}/a-{{0..3}}.tar", r"names .*/a-0.tar, which does not exist"),
         (one_of_pattern_missing, r"names .*/a-1.tar, which does not exist"),
         (lambda path: f"{path}/a-{{0..3.tar", "a brace that is not closed"),
-        (text_file, "a.tar is not a plain tar file"),
-        (lambda path: text_file(path, "a.jpg"), "a.jpg is not a plain tar file"),
+        (text_file, r"a.tar is neither an image folder nor a tar shard \(.*\): give an image"),
+        (lambda path: text_file(path, "a.jpg"), "a.jpg is neither an image folder nor a tar shard"),
+        (lambda path: f"{text_file(path, 'a.jpg').parent}/*.jpg", "a.jpg is neither an image"),
+        (lambda path: text_file(path) / "b.tar", r"b.tar cannot be read \(Not a directory\): give"),
+        (lambda path: path / ("x" * 300), r"xxx cannot be read \(File name too long\): give"),
+        (loop, r"loop.tar cannot be read \(Too many levels of symbolic links\)"),
+        (lambda path: f"{loop(path).parent}/*.tar", r"loop.tar cannot be read \(Too many levels"),
+        (folder_named_tar, r"a.tar cannot be read \(Is a directory\): give"),
         (lambda path: write_tar(path / "z.tar", {"1.jpg": b"1"}, "w:gz"), "unpacked first"),
+        (lambda path: write_tar(path / "z.tar", {"1.jpg": b"1"}, "w:xz"), "unpacked first"),
         (lambda path: write_tar(path / "n.tar", {"1.txt": b"1"}), "no images among its 1 members"),
         (lambda path: write_tar(path / "e.tar", {}), "no images among its 0 members"),
         (truncated_member, "t.tar is truncated in member 2.jpg: it is 4000 bytes long"),
@@ -205,7 +222,7 @@ def test_each_fault_has_its_sentence(tmp_path, make, sentence):
 
 def test_a_zero_byte_shard_is_no_tar(tmp_path):
     (tmp_path / "0.tar").touch()
-    with pytest.raises(DataError, match=r"0\.tar is not a plain tar file"):
+    with pytest.raises(DataError, match=r"0\.tar is neither .* nor a tar shard \(empty file\)"):
         open_source(tmp_path)
 
 

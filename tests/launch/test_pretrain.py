@@ -166,6 +166,15 @@ MISTAKES = {
         2,
         ["train_micro_batch_size_per_gpu", "99", "4"],
     ),
+    "groups of another trunk": (
+        [
+            "sharding.activation_checkpointing=groups",
+            "sharding.checkpoint_groups=[[2], [7], [9, 17], []]",
+        ],
+        2,
+        ["checkpoint_groups", "4 lists", "3 stages"],
+    ),
+    "tracking folder": (["tracking.uri=./mlruns", "tracking.enabled=true"], 2, ["./mlruns"]),
     "no checkpoint": (["--resume", "empty"], 1, ["empty", "checkpoint"]),
     "half a checkpoint": (["--resume", "step_00000007"], 1, ["step_00000007", "manifest"]),
     "queue does not divide": (["objective.queue_length=-4"], 2, ["queue_length", "-4"]),

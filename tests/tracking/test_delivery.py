@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -57,9 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """A real `mlflow server` that can be killed and started again at the same address."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int | None = None) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = port or free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -117,7 +118,12 @@ def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
 
 
 def start(
-    run_dir: Path, uri: str, *, drain_s: float = 60.0, system_metrics: bool = False
+    run_dir: Path,
+    uri: str,
+    *,
+    drain_s: float = 60.0,
+    system_metrics: bool = False,
+    first_step: int = 0,
 ) -> Tracker:
     return start_tracking(
         run_dir,
@@ -126,6 +132,7 @@ def start(
         registered_name="seer-tests",
         run_name=run_dir.name,
         system_metrics=system_metrics,
+        first_step=first_step,
         drain_s=drain_s,
     )
 
@@ -299,13 +306,13 @@ def test_a_resumed_run_goes_on_and_a_killed_sender_costs_and_doubles_nothing(
 ) -> None:
     run_id = life.run_id
     assert run_id is not None
-    tracker = start(life.run_dir, database)
+    tracker = start(life.run_dir, database, first_step=600)
     assert tracker.run_id == run_id
     tracker.log_params({"section.key_1": 1, "section.key_2": 7, "new": 1})
     tracker.log_model(life.run_dir / "checkpoints" / "step_00000500" / "trunk", step=500)
-    # The steps after its last checkpoint are repeated.
+    # Up to where it resumes everything is there; the steps after that are another attempt's.
     for step in range(500, 4000):
-        tracker.log_metrics({"loss": 1 / (step + 1), "norm": step, "more": 0.5}, step)
+        tracker.log_metrics({"loss": 2 / (step + 1), "norm": step, "more": 0.5}, step)
     size = (tracker.folder / "spool.jsonl").stat().st_size
     sent = tracker.folder / "sent.json"
     until(lambda: json.loads(sent.read_text())["offset"] > size // 2)
@@ -321,8 +328,14 @@ def test_a_resumed_run_goes_on_and_a_killed_sender_costs_and_doubles_nothing(
     outcome = sender.sync(tracker.run_dir)
     assert (outcome.left, outcome.rejected, outcome.run_id) == (0, 2, run_id)
     losses = history(database, run_id, "loss")
-    assert [step for step, _ in losses] == [*range(801), *range(802, 4000)]
-    assert all(value == 1 / (step + 1) for step, value in losses if step not in (800, 802))
+    attempts = sorted([*range(801), 802, *range(601, 4000)])
+    assert [step for step, _ in losses] == attempts
+    assert {(step, 2 / (step + 1)) for step in range(601, 4000)} <= set(losses)
+    newest: dict[int, Any] = {}
+    for point in client(database).get_metric_history(run_id, "loss"):
+        newest[point.step] = max(newest.get(point.step, point), point, key=lambda p: p.timestamp)
+    expected = [(1 if step <= 600 else 2) / (step + 1) for step in range(4000)]
+    assert [newest[step].value for step in range(4000)] == expected
     assert history(database, run_id, "norm") == [(step, step) for step in range(500, 4000)]
     assert len(client(database).search_model_versions(f"run_id = '{run_id}'")) == 2
     run = client(database).get_run(run_id)
@@ -332,10 +345,16 @@ def test_a_resumed_run_goes_on_and_a_killed_sender_costs_and_doubles_nothing(
     assert run.data.tags["resumed.section.key_2"] == "7"
     assert "resumed.section.key_1" not in run.data.tags
     assert run.info.status == "KILLED"
+    # Resumed from the newest step, nothing is said twice.
+    tracker.start("life", step=3999)
+    for step in range(3900, 4002):
+        tracker.log_metrics({"loss": 2 / (step + 1)}, step)
     # It was the sender that was killed, not the run; its end arrives as it was.
     assert tracker.close() is False
     assert sender.sync(tracker.run_dir).left == 0
     assert client(database).get_run(run_id).info.status == "FINISHED"
+    losses = history(database, run_id, "loss")
+    assert [step for step, _ in losses] == [*attempts, 4000, 4001]
 
 
 def test_a_training_process_killed_in_mid_run_leaves_a_run_that_says_so(
@@ -437,6 +456,45 @@ def test_a_server_killed_in_mid_run_gets_everything_later(
         if path.is_file() and SECRET.encode() in path.read_bytes()
     ]
     assert with_secret == []
+
+
+def test_a_dead_server_delays_nothing_and_sync_takes_over_once_it_is_back(folder: Path) -> None:
+    run_dir, port = folder / "dead-server", free_port()
+    uri = f"http://127.0.0.1:{port}"
+    began = time.monotonic()
+    tracker = start(run_dir, uri, drain_s=600.0)
+    assert tracker.wait_for_run_id(120) is None
+    failed = json.loads((tracker.folder / "failing.json").read_text())
+    assert failed["reason"]
+    # The sender's import of mlflow is in it, which takes long on a busy machine.
+    assert time.monotonic() - began < 60
+    tracker.log_metrics({"loss": 0.5}, 1)
+    follower = holder(tracker.folder)
+    assert follower
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"being sent by process {follower}; wait for it to end"):
+        sender.sync(run_dir)
+    assert tracker.close(wait_s=60) is False
+    assert time.monotonic() - began < 5
+    assert holder(tracker.folder) == follower
+
+    (folder / "back").mkdir()
+    back = Server(folder / "back", port)
+    try:
+        # Stopped until it has been asked to end, the follower cannot be the one that sends.
+        os.kill(follower, signal.SIGSTOP)
+        until(back.healthy)
+        awake = threading.Timer(1.0, os.kill, (follower, signal.SIGCONT))
+        awake.start()
+        outcome = sender.sync(run_dir)
+        assert (outcome.sent, outcome.left) == (4, 0)
+        assert outcome.run_id is not None
+        assert history(uri, outcome.run_id, "loss") == [(1, 0.5)]
+        assert client(uri).get_run(outcome.run_id).info.status == "FINISHED"
+    finally:
+        back.kill()
+    assert not (tracker.folder / "failing.json").exists()
+    assert holder(tracker.folder) is None
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from seer_scale.tracking import NullTracker, Tracker
-from seer_scale.tracking.lock import SenderLock, holder
-from seer_scale.tracking.spool import SPOOL, read_events, write_json
+from seer_scale.tracking.lock import SenderLock, holder, is_written
+from seer_scale.tracking.spool import RETRY_S, SPOOL, read_events, write_json
 
 
 def events(tracker: Tracker, offset: int = 0) -> list[dict[str, Any]]:
@@ -122,6 +122,39 @@ def test_close_does_not_wait_for_a_sender_that_is_not_there(tmp_path: Path) -> N
     assert time.monotonic() - began < 5
     assert tracker.close() is False
     assert [event["kind"] for event in events(tracker)] == ["finish"]
+
+
+def test_nothing_waits_for_a_server_that_has_failed_since_the_start(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    write_json(tracker.folder / "settings.json", {"uri": "http://a"})
+    failing = {"uri": "http://a", "time": int(time.time() * 1000) + 1}
+
+    def waited(mark: dict[str, Any]) -> bool:
+        write_json(tracker.folder / "failing.json", mark)
+        began = time.monotonic()
+        assert tracker.wait_for_run_id(1.0) is None
+        return time.monotonic() - began >= 1.0
+
+    assert waited({**failing, "time": failing["time"] - 60_000})
+    assert waited({**failing, "uri": "http://b"})
+    assert not waited(failing)
+    lock = SenderLock(tracker.folder)
+    assert lock.acquire()
+    began = time.monotonic()
+    assert tracker.close(wait_s=30) is False
+    assert RETRY_S <= time.monotonic() - began < 10
+    lock.release()
+
+
+def test_a_spool_is_marked_as_written_until_it_is_closed(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    spool = tracker.folder / SPOOL
+    assert is_written(spool)
+    resumed = Tracker(tmp_path)
+    tracker.close()
+    assert is_written(spool)
+    resumed.close()
+    assert not is_written(spool)
 
 
 def test_the_lock_excludes_and_dies_with_its_process(tmp_path: Path) -> None:
