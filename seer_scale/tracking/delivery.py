@@ -184,7 +184,8 @@ class Delivery:
         self.sent["offset"] = events[-1].end
         write_json(self.folder / SENT, self.sent)
         if events[0].kind == "model":
-            shutil.rmtree(model_outbox(self.folder, events[0].fields["step"]), ignore_errors=True)
+            outbox = model_outbox(self.folder, events[0].fields["step"])
+            shutil.rmtree(outbox.parent, ignore_errors=True)
 
     def _mark_as_failing(self, reason: str) -> None:
         """Tells the training process, so that it does not wait for this server."""

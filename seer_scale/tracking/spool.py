@@ -43,7 +43,7 @@ class Event:
 
 def model_outbox(folder: Path, step: int) -> Path:
     """Where `<run_dir>/tracking` keeps the model of `step` until it is sent."""
-    return folder / "models" / f"step_{step:08d}"
+    return folder / "models" / f"step_{step:08d}" / "trunk"
 
 
 def read_events(spool: Path, offset: int) -> Iterator[Event]:

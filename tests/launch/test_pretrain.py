@@ -174,7 +174,7 @@ MISTAKES = {
         2,
         ["checkpoint_groups", "4 lists", "3 stages"],
     ),
-    "tracking folder": (["tracking.uri=./mlruns", "tracking.enabled=true"], 2, ["./mlruns"]),
+    "tracking folder": (["tracking.uri=./mlruns"], 2, ["./mlruns"]),
     "no checkpoint": (["--resume", "empty"], 1, ["empty", "checkpoint"]),
     "half a checkpoint": (["--resume", "step_00000007"], 1, ["step_00000007", "manifest"]),
     "queue does not divide": (["objective.queue_length=-4"], 2, ["queue_length", "-4"]),
@@ -192,8 +192,12 @@ def test_a_mistake_is_one_sentence(images: Path, tmp_path: Path, mistake: str) -
     )
     more, status, fragments = MISTAKES[mistake]
     argv = arguments(images, tmp_path / "run")
-    if any(word.startswith("data.path=") for word in more):
-        argv = [word for word in argv if not word.startswith("data.path=")]
+    given = {word.split(".")[0] for word in more if word.startswith(("data.path=", "tracking."))}
+    argv = [
+        word
+        for word in argv
+        if not word.startswith(("data.path=", "tracking.")) or word.split(".")[0] not in given
+    ]
     done = launch([*PYTHON, *argv, *more], tmp_path)
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith("error: ")

@@ -153,8 +153,9 @@ def train(strategy: str, checkpointing: str) -> tuple[list[float], list[float], 
 STRATEGIES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "world_size"), [("ddp", 1), ("zero3", 1), *((name, 2) for name in STRATEGIES)]
+)
 def test_strategy_equals_plain_loop(
     distributed: Distributed, strategy: str, world_size: int
 ) -> None:
@@ -231,7 +232,7 @@ def accumulated(strategy: str, accumulation: int) -> list[Any]:
     return [norms, [(s.name, s.offset, s.values.clone()) for s in engine.slices()]]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_accumulation_equals_the_whole_batch(distributed: Distributed, strategy: str) -> None:
     whole = distributed(accumulated, 2, strategy, 1)
     halves = distributed(accumulated, 2, strategy, 2)
