@@ -17,8 +17,8 @@ from seer_scale.errors import ConfigError, UserError, exit_with  # noqa: E402
 from seer_scale.recipe import Arguments, parse  # noqa: E402
 
 
-def run(arguments: Arguments) -> bool:
-    """Checks everything that can be checked, then trains; whether the last step was reached."""
+def run(arguments: Arguments) -> None:
+    """Checks everything that can be checked, then trains."""
     config = arguments.config
     is_main = os.environ.get("RANK", "0") == "0"
     ds_config = None
@@ -64,12 +64,10 @@ def run(arguments: Arguments) -> bool:
     trainer = Trainer(config, ds_config=ds_config, source=source, resume=resume, device=device)
     status = "FAILED"
     try:
-        done = trainer.train()
-        status = "FINISHED" if done else "KILLED"
+        status = "FINISHED" if trainer.train() else "KILLED"
     finally:
         trainer.close(status)
     distributed.shutdown()
-    return done
 
 
 def main() -> None:

@@ -259,7 +259,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: if the checkpoint is another model's; names the differences.
         """
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = _tensors(model)
         differences = [
             *(f"{name} is missing" for name in tensors.keys() - self.shapes.keys()),
             *(f"{name} is not in the model" for name in self.shapes.keys() - tensors.keys()),
@@ -284,7 +284,7 @@ class CheckpointReader:
             CheckpointError: as `check` does.
         """
         self.check(model)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = _tensors(model)
         for name, tensor in tensors.items():
             tensor.copy_(self.whole(name))
 
@@ -317,6 +317,11 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{path} is damaged ({error}); resume from an older checkpoint"
             ) from None
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: all that a checkpoint holds of a model."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
