@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.optim import Slice
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.records import METRICS
 from seer_scale.serving import export_trunk
+from seer_scale.slices import Slice, Values
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -276,17 +276,14 @@ class CheckpointReader:
                 "with the recipe and model.* keys it was made with"
             )
 
-    @torch.no_grad()
-    def fill(self, model: nn.Module) -> None:
-        """Copies every parameter and buffer into `model`.
+    def values(self, model: nn.Module) -> Values:
+        """Where a model takes its values from: any run of elements of any parameter or buffer.
 
         Raises:
             CheckpointError: as `check` does.
         """
         self.check(model)
-        tensors = _tensors(model)
-        for name, tensor in tensors.items():
-            tensor.copy_(self.whole(name))
+        return lambda name, start, stop: self.read(name, start, stop - start)
 
     @torch.no_grad()
     def fill_momentum(self, slices: Iterable[Slice]) -> None:

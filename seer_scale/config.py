@@ -31,6 +31,16 @@ Scales = Annotated[tuple[Scale, ...], Strict(False), Field(min_length=1)]
 BlockGroups = Annotated[tuple[Annotated[tuple[Positive, ...], Strict(False)], ...], Strict(False)]
 
 
+# The pattern in words, for --help and the sentence after a mistake.
+Checkpointing = Annotated[
+    str,
+    Field(
+        pattern=r"^(none|full|groups|auto:(\d+(\.\d+)?|\.\d+))$",
+        json_schema_extra={"allowed": "none, full, groups or auto:GIB (e.g. auto:12.5)"},
+    ),
+]
+
+
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent conversion of types."""
 
@@ -49,8 +59,10 @@ class TrainSection(Section):
     gradient_accumulation: Positive = Field(
         1, description="micro-batches per step; codes are still computed on one micro-batch"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of convolutions and matrix products; the state is always float32"
+    precision: Literal["fp32", "bf16", "amp-o1", "apex-o1"] = Field(
+        "fp32",
+        description="of convolutions and matrix products; the state is always float32. amp-o1: "
+        "float16 by torch, with loss scaling; apex-o1: by NVIDIA Apex",
     )
 
 
@@ -111,20 +123,45 @@ class OptimSection(Section):
     freeze_prototypes_steps: NonNegative = Field(
         313, description="first steps in which the prototypes do not move"
     )
+    fuse_backward: bool = Field(
+        False,
+        description="step each tensor as soon as its gradient is complete and free it: no memory "
+        "for gradients; ddp on one rank, fsdp and hsdp",
+    )
+    momentum_on_host: bool = Field(
+        False, description="keep momentum in host memory; ddp, fsdp and hsdp on a GPU"
+    )
 
 
 class ShardingSection(Section):
-    strategy: Literal["ddp", "zero"] = Field(
+    strategy: Literal["ddp", "fsdp", "hsdp", "zero", "fairscale"] = Field(
         "ddp", description="zero needs --deepspeed_config and is implied by it"
     )
     deepspeed_config: Text | None = Field(None, description="path given as --deepspeed_config")
-    activation_checkpointing: Literal["none", "full", "groups"] = Field(
-        "none", description="recompute no block, every block, or groups of blocks"
+    shard_size: Positive | None = Field(
+        None, description="hsdp: ranks that share one copy of the model; null means a node's"
+    )
+    reshard_after_forward: bool = Field(
+        True, description="fsdp, hsdp: free weights after use in the forward pass, gather again"
+    )
+    prefetch: NonNegative = Field(1, description="fsdp, hsdp: units gathered ahead of their use")
+    unit_parameters: Positive = Field(
+        200_000_000,
+        description="fsdp, hsdp: a layer of more parameters than this is gathered by itself, "
+        "others with their block",
+    )
+    activation_checkpointing: Checkpointing = Field(
+        "none",
+        description="recompute no block, every block, groups of blocks, or as few blocks as fit "
+        "their activations into that many GiB",
     )
     checkpoint_groups: BlockGroups | None = Field(
         None,
         description="for groups: per stage the ends of its groups of blocks, "
         "e.g. [[2], [7], [9, 17], []]; a stage with none is not recomputed",
+    )
+    syncbn: Literal["native", "apex"] = Field(
+        "native", description="the project's grouped SyncBatchNorm, or NVIDIA Apex's layer"
     )
     sync_bn_group_size: Annotated[int, Field(ge=-1)] = Field(
         0, description="ranks that share BatchNorm statistics: 0 all, -1 a node, n groups of n"
@@ -144,6 +181,12 @@ class ShardingSection(Section):
                 f"one of the two"
             )
         return self
+
+    @property
+    def activation_budget(self) -> float | None:
+        """GiB that `activation_checkpointing: auto:GIB` allows."""
+        mode, _, gib = self.activation_checkpointing.partition(":")
+        return float(gib) if mode == "auto" else None
 
     @model_validator(mode="after")
     def _groups_match_the_mode(self) -> Self:

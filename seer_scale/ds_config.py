@@ -191,13 +191,6 @@ def resolve_ds_config(
 def _owned(config: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:
     """Key -> its value and, in words, whose it is."""
     micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
-    autocast: dict[str, Any] = {"enabled": False}
-    if config.train.precision == "bf16":
-        autocast = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": ["torch.nn.Linear", "torch.nn.Conv2d"],
-        }
     ours = "Seer Scale brings its own optimizer"
     return {
         "train_micro_batch_size_per_gpu": (micro, f"train.micro_batch_size is {micro}"),
@@ -211,7 +204,10 @@ def _owned(config: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:
             f"{world_size} ranks",
         ),
         "gradient_clipping": (0.0, "SEER clips nothing; unless told, DeepSpeed clips to 1.0"),
-        "torch_autocast": (autocast, f"train.precision is {config.train.precision}"),
+        "torch_autocast": (
+            {"enabled": False},
+            "train.precision is the model's own, the same under every strategy",
+        ),
         "zero_allow_untested_optimizer": (True, ours),
         "zero_force_ds_cpu_optimizer": (False, ours),
         "managed_gradient_accumulation": (True, "the trainer steps after every micro-batch"),

@@ -7,31 +7,20 @@ all-reduce away. Everything acts on the float32 master, so every engine propagat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from seer_scale.parallel import distributed
+from seer_scale.parallel.precision import LossScale
+from seer_scale.slices import Slice, extent, local
 
 MOMENTUM = "momentum_buffer"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A contiguous run of a tensor's elements, held by this rank as flat views.
-
-    `values` and `momentum` are float32 views [n] into the master weights and optimizer state:
-    writing to them changes the training.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    values: Tensor
-    momentum: Tensor
 
 
 def parameter_groups(model: nn.Module, *, unit_rows: frozenset[str]) -> list[dict[str, Any]]:
@@ -75,9 +64,14 @@ class SliceSGD(torch.optim.Optimizer):
 
     Args:
         groups: from `parameter_groups`.
-        shards: ranks (of the world) that each hold one slice of every tensor; 1 if tensors are
-            whole. Slices have equal length and follow each other in rank order, the last padded.
+        shards: ranks that each hold one part of every tensor; 1 if tensors are whole. See
+            `slices.extent` for the parts there may be.
+        shard_group: those ranks; the world unless given.
         trust_coefficient: LARC's t; None for plain SGD.
+        loss_scale: what the gradients are multiplied by, for float16; a step whose gradients
+            overflow is skipped, on every rank alike.
+        momentum_on_host: keep the momentum in (pinned) host memory and bring over one tensor's at
+            a time: less device memory for more traffic.
     """
 
     def __init__(
@@ -89,15 +83,22 @@ class SliceSGD(torch.optim.Optimizer):
         weight_decay: float,
         trust_coefficient: float | None,
         shards: int = 1,
+        shard_group: dist.ProcessGroup | None = None,
+        loss_scale: LossScale | None = None,
+        momentum_on_host: bool = False,
         eps: float = 1e-8,
     ) -> None:
         super().__init__(
             groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
         )
         self.trust_coefficient = trust_coefficient
-        self.shards = shards
+        self.shards, self.shard_group = shards, shard_group
+        self.loss_scale = loss_scale
+        self.momentum_on_host = momentum_on_host
+        self._rank = dist.get_rank(shard_group) if shards > 1 else 0
         self._squared_grad_norms: list[Tensor] = []
         self._norms: dict[str, Tensor] = {}  # [value norm, gradient norm] of the coming step
+        self._extents: dict[str, tuple[int, int]] = {}
 
     def slices(self) -> Iterator[Slice]:
         """This rank's slices, in parameter order; those that are padding only are left out."""
@@ -109,7 +110,7 @@ class SliceSGD(torch.optim.Optimizer):
                         group["name"],
                         group["shape"],
                         offset,
-                        parameter.detach().view(-1)[:length],
+                        local(parameter.detach()).view(-1)[:length],
                         self._momentum(parameter).view(-1)[:length],
                     )
 
@@ -117,79 +118,120 @@ class SliceSGD(torch.optim.Optimizer):
     def reduce_norms(self, gradients: Mapping[str, Sequence[Tensor]]) -> None:
         """Reduces the norms of a whole step at once, for engines that step tensor by tensor.
 
-        Optional: without it every `step` reduces the norms of the tensors it is given.
+        Without it every `step` reduces the norms of the tensors it is given; with a loss scale it
+        is needed, since one tensor's overflow has to skip the step of all.
 
         Args:
             gradients: by tensor name this rank's slice of the gradient, in consecutive pieces.
         """
         present = self._present(lambda group, _: group["name"] in gradients)
+        if not present:
+            return
         values = [self._valid(group, parameter, parameter) for group, parameter in present]
         grads = [
             self._valid(group, parameter, torch.cat([g.view(-1) for g in gradients[group["name"]]]))
             for group, parameter in present
         ]
-        if present:
-            norms = self._whole_norms(values, grads)  # [2, tensors]
-            names = [group["name"] for group, _ in present]
-            self._norms = dict(zip(names, norms.unbind(1), strict=True))
+        norms = self._whole_norms(values, grads)  # [2, tensors]
+        if self.loss_scale:
+            self._rescale(norms)
+        self._norms = dict(zip([group["name"] for group, _ in present], norms.T, strict=True))
 
     def take_grad_norm(self) -> Tensor:
-        """Norm of the last step's gradient over all tensors that were free to move, [] float32."""
+        """Norm of the last step's gradient over all tensors that were free to move, [] float32.
+
+        Infinite after a step that a loss scale has skipped.
+        """
         squares, self._squared_grad_norms = self._squared_grad_norms, []
+        if self.loss_scale and self.loss_scale.overflowed:
+            return torch.tensor(math.inf)
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every tensor that has a gradient.
 
-        ZeRO calls this once per tensor and empties the other groups, DDP once for all: norms not
-        yet known are reduced together for whatever is present.
+        ZeRO calls this once per tensor and empties the other groups, others once for all: norms
+        not yet known are reduced together for whatever is present.
         """
         del closure
-        present = self._present(lambda _, parameter: parameter.grad is not None)
+        self._update(self._present(lambda _, parameter: parameter.grad is not None))
+
+    @torch.no_grad()
+    def step_now(self, parameters: Iterable[Tensor]) -> None:
+        """Updates these tensors, whose gradients are complete, and frees the gradients.
+
+        For stepping inside the backward pass; every rank calls it in the same order.
+        """
+        wanted = {id(parameter): parameter for parameter in parameters}
+        self._update([(self._group_of[key], wanted[key]) for key in wanted])
+        for parameter in wanted.values():
+            parameter.grad = None
+
+    def _update(self, present: list[tuple[dict[str, Any], Tensor]]) -> None:
         if not present:
             return
         values = [self._valid(group, parameter, parameter) for group, parameter in present]
-        grads = [self._valid(group, p, cast(Tensor, p.grad)) for group, p in present]
+        grads = [self._valid(group, p, p.grad) for group, p in present]
         names = [group["name"] for group, _ in present]
         if all(name in self._norms for name in names):
             norms = torch.stack([self._norms.pop(name) for name in names], dim=1)
         else:
             norms = self._whole_norms(values, grads)  # [2, tensors]
-        self._squared_grad_norms.append(norms[1].square().sum())
+            if self.loss_scale:
+                self._rescale(norms)
+        if self.loss_scale and self.loss_scale.overflowed:
+            return
+        scale = 1 / self.loss_scale.stepped_with if self.loss_scale else 1.0
         decay = [group["weight_decay"] for group, _ in present]
         on_grad, on_value = self._coefficients(norms, decay, present[0][0]["eps"])
+        on_grad = on_grad * scale
         for index, (group, parameter) in enumerate(present):
-            value, momentum = (
-                values[index],
-                self._valid(group, parameter, self._momentum(parameter)),
-            )
-            update = grads[index] * on_grad[index] + value * on_value[index]
+            if group["frozen"]:
+                continue
+            self._squared_grad_norms.append(norms[1, index].square())
+            kept = self._valid(group, parameter, self._momentum(parameter))
+            momentum = kept.to(values[index].device, non_blocking=True)
+            update = grads[index] * on_grad[index]
+            update.addcmul_(values[index], on_value[index])
             momentum.mul_(group["momentum"]).add_(update)
-            value.sub_(momentum, alpha=group["lr"])
+            values[index].sub_(momentum, alpha=group["lr"])
+            if momentum is not kept:
+                kept.copy_(momentum, non_blocking=True)
             if group["unit_rows"]:
                 self._normalise_rows(group, parameter)
+
+    def _rescale(self, norms: Tensor) -> None:
+        """Brings gradient norms back to their true size; decides whether the step is skipped."""
+        assert self.loss_scale is not None
+        self.loss_scale.update(overflow=not bool(norms[1].isfinite().all()))
+        norms[1] /= self.loss_scale.stepped_with
+
+    @cached_property
+    def _group_of(self) -> dict[int, dict[str, Any]]:
+        return {id(p): group for group in self.param_groups for p in group["params"]}
 
     def _present(
         self, wanted: Callable[[dict[str, Any], Tensor], bool]
     ) -> list[tuple[dict[str, Any], Tensor]]:
-        """The tensors of this call that are free to move."""
+        """The tensors of this call; frozen ones too where their overflow is of interest."""
         return [
             (group, parameter)
             for group in self.param_groups
-            if not group["frozen"]
+            if self.loss_scale or not group["frozen"]
             for parameter in group["params"]
             if wanted(group, parameter)
         ]
 
-    def _valid(self, group: dict[str, Any], parameter: Tensor, tensor: Tensor) -> Tensor:
+    def _valid(self, group: dict[str, Any], parameter: Tensor, tensor: Tensor | None) -> Tensor:
         """`tensor`, shaped like this rank's slice, as a flat view without the padding."""
-        return tensor.view(-1)[: self._extent(group, parameter)[1]]
+        assert tensor is not None
+        return local(tensor).view(-1)[: self._extent(group, parameter)[1]]
 
     def _whole_norms(self, values: list[Tensor], grads: list[Tensor]) -> Tensor:
         norms = torch.stack([*torch._foreach_norm(values), *torch._foreach_norm(grads)])
         if self.shards > 1:
-            norms = distributed.all_reduce(norms.square()).sqrt()
+            norms = distributed.all_reduce(norms.square(), group=self.shard_group).sqrt()
         return norms.view(2, -1)
 
     def _coefficients(self, norms: Tensor, decay: list[float], eps: float) -> tuple[Tensor, Tensor]:
@@ -206,31 +248,38 @@ class SliceSGD(torch.optim.Optimizer):
 
     def _extent(self, group: dict[str, Any], parameter: Tensor) -> tuple[int, int]:
         """Where this rank's slice starts in the tensor, and its length without padding."""
-        numel = 1
-        for size in group["shape"]:
-            numel *= size
-        offset = distributed.rank() * parameter.numel() if self.shards > 1 else 0
-        return offset, max(0, min(parameter.numel(), numel - offset))
+        # Remembered: a partition that is swapped out to NVMe has no elements to tell it by.
+        name = group["name"]
+        if name not in self._extents:
+            self._extents[name] = extent(parameter, group["shape"], self._rank, self.shards)
+        return self._extents[name]
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if MOMENTUM not in state:
-            state[MOMENTUM] = torch.zeros_like(parameter, requires_grad=False)
+            like = local(parameter.detach())
+            on_host = self.momentum_on_host and like.is_cuda
+            state[MOMENTUM] = (
+                torch.zeros(like.shape, dtype=like.dtype, pin_memory=True)
+                if on_host
+                else torch.zeros_like(like)
+            )
         momentum: Tensor = state[MOMENTUM]
         return momentum
 
     def _normalise_rows(self, group: dict[str, Any], parameter: Tensor) -> None:
         offset, length = self._extent(group, parameter)
+        flat = local(parameter.detach()).view(-1)
         rows, width = group["shape"]
         first, lead = divmod(offset, width) if length else (0, 0)  # else: padding only
         # Zeros complete the slice to whole rows; the all-reduce completes their sums.
         touched = -(-(lead + length) // width)
-        padded = parameter.new_zeros(touched * width)
-        padded[lead : lead + length] = parameter.view(-1)[:length]
-        squared = parameter.new_zeros(rows)
+        padded = flat.new_zeros(touched * width)
+        padded[lead : lead + length] = flat[:length]
+        squared = flat.new_zeros(rows)
         squared[first : first + touched] = padded.view(touched, width).square().sum(1)
         if self.shards > 1:
-            distributed.all_reduce(squared)
+            distributed.all_reduce(squared, group=self.shard_group)
         norms = squared.sqrt().clamp_min_(1e-12)[first : first + touched]
         padded = padded.view(touched, width).div_(norms[:, None]).view(-1)
-        parameter.view(-1)[:length] = padded[lead : lead + length]
+        flat[:length] = padded[lead : lead + length]

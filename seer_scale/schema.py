@@ -45,6 +45,8 @@ def allowed(schema: Schema, *, many: bool = False) -> str:
     """What a value may be: 'an integer > 0', 'cosine or constant', 'a list of integers > 0'."""
     if "anyOf" in schema:
         return " or ".join(allowed(choice, many=many) for choice in schema["anyOf"])
+    if "allowed" in schema:
+        return str(schema["allowed"])
     if "enum" in schema:
         *firsts, last = schema["enum"]
         return f"{', '.join(firsts)} or {last}"

@@ -24,7 +24,7 @@ from seer_scale import build, checkpoint, recipe
 from seer_scale.config import RunConfig
 from seer_scale.data import BadSample, MicroBatch, Source
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.models import initialise
+from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
@@ -104,7 +104,7 @@ class Trainer:
         self.tracker = build.tracker_of(config, self.state.step)
         self.engine = shard(
             partial(build.model_of, config),
-            reader.fill if reader else partial(initialise, seed=config.run.seed),
+            reader.values if reader else partial(seeded_values, seed=config.run.seed),
             config,
             ds_config,
             device,

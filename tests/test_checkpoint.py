@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from seer_scale.checkpoint import CheckpointReader, checkpoint_folder, find, list_checkpoints, save
 from seer_scale.errors import CheckpointError
 from seer_scale.models import build_model, initialise
-from seer_scale.optim import Slice
 from seer_scale.parallel import distributed as ranks
 from seer_scale.serving import load_trunk
+from seer_scale.slices import Slice, fill
 
 Distributed = Callable[..., list[Any]]
 TRUNK = "regnety_debug"
@@ -127,7 +127,7 @@ def test_what_is_read_is_what_was_written_in_any_cut(
     copy = build()
     for tensor in [*copy.parameters(), *copy.buffers()]:
         tensor.detach().fill_(99)
-    reader.fill(copy)
+    fill(copy, reader.values(copy))
     for name, tensor in model.state_dict().items():
         assert torch.equal(copy.state_dict()[name], tensor), name
 
@@ -288,13 +288,13 @@ def test_a_save_killed_in_the_middle_leaves_the_previous_checkpoint(
     for resume in ("auto", str(root), str(tmp_path)):
         assert find(resume, root) == checkpoint_folder(root, 1)
     restored = build()
-    CheckpointReader(checkpoint_folder(root, 1)).fill(restored)
+    fill(restored, CheckpointReader(checkpoint_folder(root, 1)).values(restored))
     previous = trained(seed=1).state_dict()
     assert all(torch.equal(value, previous[name]) for name, value in restored.state_dict().items())
 
     write(root, 2, model=(model := trained(seed=2)))
     assert names(root) == ["step_00000001", "step_00000002"]
-    CheckpointReader(checkpoint_folder(root, 2)).fill(restored)
+    fill(restored, CheckpointReader(checkpoint_folder(root, 2)).values(restored))
     expected = model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in restored.state_dict().items())
 
@@ -442,7 +442,7 @@ def test_another_model_is_refused_by_what_differs(
     initialise(model, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        CheckpointReader(run_dir / "checkpoints" / "step_00000009").fill(model)
+        fill(model, CheckpointReader(run_dir / "checkpoints" / "step_00000009").values(model))
     for part in expected:
         assert caught.match(part)
     assert caught.match("resume with the recipe and model.\\* keys it was made with")

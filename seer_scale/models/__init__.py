@@ -1,6 +1,6 @@
 """The model zoo: plain torch modules that know nothing of processes, objectives or configs."""
 
-from seer_scale.models.initialise import initialise
+from seer_scale.models.initialise import initialise, seeded_values
 from seer_scale.models.multicrop import MultiCropModel, build_model
 from seer_scale.models.regnet import TRUNKS, RegNetConfig, build_trunk
 
@@ -11,4 +11,5 @@ __all__ = [
     "build_model",
     "build_trunk",
     "initialise",
+    "seeded_values",
 ]

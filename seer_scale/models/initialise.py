@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,23 @@ def initialise(model: nn.Module, seed: int) -> None:
         values = initial_values(rules[name], name=name, size=tensor.numel(), seed=seed)
         with torch.no_grad():
             tensor.copy_(values.view(tensor.shape))
+
+
+def seeded_values(model: nn.Module, seed: int) -> Callable[[str, int, int], Tensor]:
+    """Elements `start` to `stop` of a tensor of `model`, by name; `model` may be on meta.
+
+    Raises:
+        TypeError: if no rule is known for a tensor.
+    """
+    rules = init_rules(model)
+    sizes = {name: tensor.numel() for name, tensor in _named_tensors(model)}
+
+    def values(name: str, start: int, stop: int) -> Tensor:
+        return initial_values(
+            rules[name], name=name, size=sizes[name], seed=seed, start=start, stop=stop
+        )
+
+    return values
 
 
 def init_rules(model: nn.Module) -> dict[str, InitRule]:

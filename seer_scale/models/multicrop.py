@@ -1,11 +1,12 @@
 """Trunk, projection head and prototypes as one module with a single forward over all crops.
 
-A single forward is what every sharding strategy wraps. Crops of one resolution go through the
-trunk together, so BatchNorm statistics are those of a resolution, as in SwAV and SEER.
+A single forward is what every sharding strategy wraps. Crops of one resolution are one
+tensor, so BatchNorm statistics are those of a resolution, as in SwAV and SEER.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -28,7 +29,7 @@ class MultiCropModel(nn.Module):
     def forward(
         self, crops: Sequence[Tensor], queue: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One trunk pass per resolution, one head pass over all crops.
+        """All resolutions through the trunk together, one head pass over all crops.
 
         Args:
             crops: a tensor per resolution, [count * B, 3, size, size], crop-major: all images'
@@ -39,7 +40,7 @@ class MultiCropModel(nn.Module):
             embeddings [crops * B, D] with unit rows, and scores [crops * B + R, K], the queue's
             last.
         """
-        features = torch.cat([self.trunk(batch) for batch in crops])  # [crops * B, C]
+        features = torch.cat(self.trunk(list(crops)))  # [crops * B, C]
         embeddings = self.head(features)
         scored = embeddings if queue is None else torch.cat([embeddings, queue])
         return embeddings, self.prototypes(scored)
@@ -47,6 +48,22 @@ class MultiCropModel(nn.Module):
     def blocks(self) -> list[list[nn.Module]]:
         """The trunk's residual blocks, stage by stage."""
         return self.trunk.blocks()
+
+    def units(self, heavy: int) -> list[nn.Module]:
+        """What a sharding strategy gathers and frees as one, inner modules before outer ones.
+
+        The blocks, the head, the prototypes, and single convolutions or linear layers of more than
+        `heavy` parameters. What is left over (the stem) belongs to the model itself.
+        """
+        parts = [*itertools.chain(*self.blocks()), self.head, self.prototypes]
+        units: list[nn.Module] = []
+        for part in parts:
+            for layer in part.modules():
+                own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+                if layer is not part and own > heavy:
+                    units.append(layer)
+            units.append(part)
+        return units
 
 
 def build_model(

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,25 @@ TRUNKS: dict[str, RegNetConfig] = {
 }
 
 
+class Block(ResBottleneckBlock):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's residual block, which also takes one tensor per resolution at once.
+
+    Whoever gathers or recomputes a block then does so once a step and not once a resolution, and
+    its gradient is complete as soon as the backward pass leaves it.
+    """
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: list[Tensor]) -> list[Tensor]: ...
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """[B, C, H, W] to [B, width, H / stride, W / stride], or a list of such to another."""
+        if isinstance(x, list):
+            return [super(Block, self).forward(resolution) for resolution in x]
+        output: Tensor = super().forward(x)
+        return output
+
+
 class RegNet(nn.Module):
     """A RegNetY without classifier: images [B, 3, H, W] to globally pooled features [B, width].
 
@@ -121,7 +140,7 @@ class RegNet(nn.Module):
                 width_out=stage.width,
                 stride=STRIDE,
                 depth=stage.depth,
-                block_constructor=ResBottleneckBlock,
+                block_constructor=Block,
                 norm_layer=nn.BatchNorm2d,
                 activation_layer=nn.ReLU,
                 group_width=stage.group_width,
@@ -134,9 +153,21 @@ class RegNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.width = width
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features [B, width] of images [B, 3, H, W]."""
-        features = self.trunk_output(self.stem(images))
+    @overload
+    def forward(self, images: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, images: list[Tensor]) -> list[Tensor]: ...
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Features [B, width] of images [B, 3, H, W], or of each of several resolutions.
+
+        Several go through the trunk block by block; BatchNorm still sees one at a time, in order.
+        """
+        if isinstance(images, list):
+            maps = self.trunk_output([self.stem(resolution) for resolution in images])
+            return [self._pool(resolution) for resolution in maps]
+        return self._pool(self.trunk_output(self.stem(images)))
+
+    def _pool(self, features: Tensor) -> Tensor:
         return torch.flatten(self.avgpool(features), 1)
 
     def blocks(self) -> list[list[nn.Module]]:

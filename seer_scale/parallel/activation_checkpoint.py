@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ from seer_scale.parallel.batchnorm import checkpoint_contexts
 
 def apply_activation_checkpointing(
     stages: Sequence[Sequence[nn.Module]],
-    mode: Literal["none", "full", "groups"],
+    mode: str,
     groups: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Makes blocks recompute their activations in the backward pass, in place.

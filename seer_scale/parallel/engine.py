@@ -10,12 +10,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from seer_scale.config import RunConfig
 from seer_scale.models import MultiCropModel
-from seer_scale.optim import Slice, SliceSGD, parameter_groups
+from seer_scale.optim import SliceSGD, parameter_groups
+from seer_scale.parallel import distributed
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import convert_sync_batchnorm
+from seer_scale.parallel.fsdp import build_mesh, shard_units, unit_parameters
+from seer_scale.parallel.fused_backward import FusedBackward
+from seer_scale.parallel.precision import LossScale, apply_autocast
+from seer_scale.parallel.torch_engine import TorchEngine, wrap_ddp
+from seer_scale.slices import Slice, Values, fill
 
 PROTOTYPES = frozenset({"prototypes.weight"})
 
@@ -42,8 +49,16 @@ class Engine(Protocol):
         """One group per tensor, for the schedules."""
         ...
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """Of float16; None where the precision needs none."""
+        ...
+
     def slices(self) -> Iterator[Slice]:
-        """This rank's slices of the float32 master weights and their momentum."""
+        """This rank's slices of the float32 master weights and their momentum.
+
+        Use one before the next: a slice that is offloaded to disk is there only meanwhile.
+        """
         ...
 
     @property
@@ -54,54 +69,130 @@ class Engine(Protocol):
 
 def shard(
     build: Callable[[torch.device], MultiCropModel],
-    fill: Callable[[nn.Module], None],
+    source: Callable[[nn.Module], Values],
     config: RunConfig,
     ds_config: dict[str, Any] | None,
     device: torch.device,
 ) -> Engine:
     """Builds a model and puts it under `config.sharding.strategy`, in the one order there is.
 
-    build -> grouped SyncBatchNorm -> activation checkpointing -> materialise -> initialise or load
-    -> optimizer -> engine. Memory for weights is first taken after the structure is final.
+    build on meta -> grouped SyncBatchNorm -> activation checkpointing -> precision -> shard ->
+    initialise or load what this rank holds -> optimizer -> engine. Memory for weights is first
+    taken after the structure is final.
 
     Args:
         build: makes the model on the device it is given (here: meta).
-        fill: gives every parameter and buffer its value, from a seed or from a checkpoint.
-        config: the run's configuration.
+        source: from the model on meta, where every tensor's values come from: a seed, or a
+            checkpoint.
+        config: the run's configuration, which `check.check_sharding` has passed.
         ds_config: resolved DeepSpeed configuration, for strategy `zero`.
         device: where the training runs.
     """
+    sharding, train = config.sharding, config.train
     model = build(torch.device("meta"))
-    convert_sync_batchnorm(model, config.sharding.sync_bn_group_size)
+    values = source(model)
+    convert_sync_batchnorm(model, sharding.sync_bn_group_size)
     apply_activation_checkpointing(
-        model.blocks(),
-        config.sharding.activation_checkpointing,
-        config.sharding.checkpoint_groups,
+        model.blocks(), sharding.activation_checkpointing, sharding.checkpoint_groups
+    )
+    apply_autocast(model, train.precision, device)
+    if sharding.strategy in ("fsdp", "hsdp"):
+        return _fsdp(model, values, config, device)
+    if sharding.strategy == "zero":
+        assert ds_config is not None
+        return _zero(model, values, config, ds_config, device)
+    return _ddp(model, values, config, device)
+
+
+def _ddp(
+    model: MultiCropModel, values: Values, config: RunConfig, device: torch.device
+) -> Engine:
+    model.to_empty(device=device)
+    fill(model, values)
+    alone = distributed.world_size() == 1
+    optimizer = _optimizer(model, config)
+    fused = None
+    if config.optim.fuse_backward:
+        units = [[parameter] for parameter in model.parameters()]
+        fused = FusedBackward(optimizer, units, learn=False)
+    return TorchEngine(
+        model,
+        model.train() if alone else wrap_ddp(model.train(), device),
+        optimizer,
+        gradient_accumulation=config.train.gradient_accumulation,
+        writes_slices=distributed.is_main(),
+        fused=fused,
+    )
+
+
+def _fsdp(
+    model: MultiCropModel, values: Values, config: RunConfig, device: torch.device
+) -> Engine:
+    sharding = config.sharding
+    hybrid = sharding.strategy == "hsdp"
+    mesh = build_mesh(
+        device, (sharding.shard_size or distributed.local_world_size()) if hybrid else None
+    )
+    units = model.units(sharding.unit_parameters)
+    shard_units(
+        model,
+        units,
+        mesh,
+        reshard_after_forward=sharding.reshard_after_forward,
+        prefetch=sharding.prefetch,
     )
     model.to_empty(device=device)
-    fill(model)
-    model.train()
-
-    def build_optimizer(model: nn.Module, shards: int) -> SliceSGD:
-        optim = config.optim
-        return SliceSGD(
-            parameter_groups(model, unit_rows=PROTOTYPES),
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            trust_coefficient=optim.trust_coefficient if optim.larc else None,
-            shards=shards,
-        )
-
-    if config.sharding.strategy == "zero":
-        from seer_scale.parallel.zero import ZeroEngine
-
-        assert ds_config is not None
-        return ZeroEngine(model, build_optimizer, ds_config)
-    from seer_scale.parallel.ddp import DdpEngine
-
-    return DdpEngine(
+    fill(model, values)
+    optimizer = _optimizer(
+        model, config, shards=mesh["shard"].size(), shard_group=mesh.get_group("shard")
+    )
+    fused = None
+    if config.optim.fuse_backward:
+        fused = FusedBackward(optimizer, unit_parameters(model, units), learn=True)
+    return TorchEngine(
         model,
-        build_optimizer,
+        model.train(),
+        optimizer,
         gradient_accumulation=config.train.gradient_accumulation,
-        autocast_dtype=torch.bfloat16 if config.train.precision == "bf16" else None,
+        writes_slices=not hybrid or mesh.get_local_rank("replicate") == 0,
+        fused=fused,
+    )
+
+
+def _zero(
+    model: MultiCropModel,
+    values: Values,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    device: torch.device,
+) -> Engine:
+    from seer_scale.parallel.zero import ZeroEngine, fill_partitioned
+
+    if ds_config["zero_optimization"]["stage"] == 3:
+        fill_partitioned(model, values, ds_config, device)
+    else:
+        model.to_empty(device=device)
+        fill(model, values)
+    return ZeroEngine(
+        model.train(), lambda model, shards: _optimizer(model, config, shards=shards), ds_config
+    )
+
+
+def _optimizer(
+    model: nn.Module,
+    config: RunConfig,
+    *,
+    shards: int = 1,
+    shard_group: ProcessGroup | None = None,
+) -> SliceSGD:
+    optim = config.optim
+    return SliceSGD(
+        parameter_groups(model, unit_rows=PROTOTYPES),
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        trust_coefficient=optim.trust_coefficient if optim.larc else None,
+        shards=shards,
+        shard_group=shard_group,
+        loss_scale=LossScale() if config.train.precision == "amp-o1" else None,
+        momentum_on_host=optim.momentum_on_host,
     )

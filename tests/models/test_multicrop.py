@@ -42,12 +42,27 @@ def test_grouped_pass_equals_crop_by_crop(model):
     torch.testing.assert_close(scores, expected @ model.prototypes.weight.T)
 
 
-def test_one_trunk_pass_per_resolution_and_one_head_pass(model):
-    trunk, head, prototypes = map(count_calls, (model.trunk, model.head, model.prototypes))
+def test_resolutions_pass_block_by_block_and_the_head_once(model):
+    stem, head, prototypes = map(count_calls, (model.trunk.stem, model.head, model.prototypes))
+    last = model.blocks()[-1][-1]
+    block, inner = count_calls(last), count_calls(last.activation)
     model(make_crops())
-    assert trunk == [2 * BATCH, 4 * BATCH]
+    assert stem == inner == [2 * BATCH, 4 * BATCH]
+    assert block == [len(SIZES)]  # one call with a tensor per resolution
     assert head == [6 * BATCH]
     assert prototypes == [6 * BATCH]
+
+
+def test_units_are_blocks_head_and_prototypes_heavy_layers_first(model):
+    blocks = [block for stage in model.blocks() for block in stage]
+    assert model.units(heavy=10**9) == [*blocks, model.head, model.prototypes]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    name = max((n for n in sizes if "trunk_output" in n), key=sizes.__getitem__)
+    heaviest = model.get_submodule(name.removesuffix(".weight"))
+    units = model.units(heavy=sizes[name] - 1)
+    owner = next(block for block in blocks if heaviest in list(block.modules()))
+    assert units.index(heaviest) == units.index(owner) - 1
+    assert [unit for unit in units if unit in blocks] == blocks
 
 
 def test_batch_statistics_are_those_of_a_resolution(model):

@@ -1,0 +1,93 @@
+"""The engine of torch's own strategies: autograd, SliceSGD, and a module that torch has wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from seer_scale.optim import SliceSGD
+from seer_scale.parallel.fused_backward import FusedBackward
+from seer_scale.parallel.precision import LossScale
+from seer_scale.slices import Slice
+
+
+class TorchEngine:
+    """See `Engine`.
+
+    Args:
+        model: for buffers and structure.
+        module: what is called: the model, or DDP around it.
+        optimizer: of the model's parameters as they are now.
+        gradient_accumulation: micro-batches per step.
+        writes_slices: whether this rank's slices belong in a checkpoint.
+        fused: steps parameters inside the backward pass, if that is wanted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        optimizer: SliceSGD,
+        *,
+        gradient_accumulation: int,
+        writes_slices: bool,
+        fused: FusedBackward | None = None,
+    ) -> None:
+        self.model = model
+        self.writes_slices = writes_slices
+        self._module = module
+        self._optimizer = optimizer
+        self._accumulation = gradient_accumulation
+        self._micro_batches = 0
+        self._fused = fused
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        return self._optimizer.loss_scale
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
+        if isinstance(self._module, DistributedDataParallel):
+            # DDP decides in the forward whether the next backward communicates. FSDP always does:
+            # keeping whole gradients until the last micro-batch would undo the sharding.
+            last = self._micro_batches + 1 == self._accumulation
+            self._module.require_backward_grad_sync = last
+        embeddings, scores = self._module(crops, queue)
+        return embeddings, scores
+
+    def backward(self, loss: Tensor) -> None:
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        (loss * (scale / self._accumulation)).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> Tensor | None:
+        self._micro_batches += 1
+        if self._micro_batches < self._accumulation:
+            return None
+        self._micro_batches = 0
+        if self._fused:
+            self._fused.finish()
+        else:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return self._optimizer.take_grad_norm()
+
+    def slices(self) -> Iterator[Slice]:
+        return self._optimizer.slices()
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Strategy `ddp`: every rank holds the whole model and gradients are averaged."""
+    # Buffers are equal by SyncBatchNorm or differ by design (groups): nothing to broadcast.
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )

@@ -1,0 +1,82 @@
+"""What a rank holds of a tensor: a contiguous run of its elements, whatever the strategy.
+
+A whole tensor (DDP), a DTensor shard of rows (FSDP) and a flat partition (ZeRO, FairScale) are the
+same kind of thing, and optimizer, initial values and checkpoints are written on it once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# Elements `start` to `stop` of the tensor `name`, flat: from a seed, or from a checkpoint.
+Values = Callable[[str, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A contiguous run of a tensor's elements, held by this rank as flat views.
+
+    `values` and `momentum` are float32 views [n] into the master weights and optimizer state:
+    writing to them changes the training.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    values: Tensor
+    momentum: Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: of a DTensor its shard, of any other all of it."""
+    # Optimizers and initialisation run outside autograd, where the shard is a view.
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def extent(tensor: Tensor, shape: tuple[int, ...], rank: int, shards: int) -> tuple[int, int]:
+    """Where this rank's part of a tensor starts, and how many elements it has without padding.
+
+    Args:
+        tensor: a DTensor sharded by rows; or a flat partition, one of `shards` equal ones that
+            follow each other in rank order, the last padded; or, with one shard, the whole.
+        shape: of the whole tensor.
+        rank: of this process among the shards.
+        shards: ranks that hold one part each.
+    """
+    if isinstance(tensor, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        length = math.prod(sizes)
+        return (offsets[0] * math.prod(shape[1:]) if length and offsets else 0), length
+    offset = rank * tensor.numel() if shards > 1 else 0
+    return offset, max(0, min(tensor.numel(), math.prod(shape) - offset))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Values, names: dict[Tensor, str] | None = None) -> None:
+    """Gives what this rank holds of every parameter and buffer of `model` its value, in place.
+
+    Args:
+        model: materialised; its parameters whole or DTensors.
+        values: where values come from.
+        names: of the tensors in the whole model, where `model` is a part of it.
+
+    Raises:
+        ValueError: if a tensor has no memory here.
+    """
+    for own, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        name = own if names is None else names[tensor]
+        part = local(tensor)
+        if part.is_meta:
+            raise ValueError(f"{name} has no memory to fill: materialise it first (to_empty)")
+        offset, length = extent(tensor, tuple(tensor.shape), 0, 1)
+        if length:
+            part.copy_(values(name, offset, offset + length).view(part.shape))
