@@ -111,6 +111,9 @@ class Trainer:
         )
         if reader:
             reader.fill_momentum(self.engine.slices())
+            saved_scale = reader.manifest.get("loss_scale")
+            if self.engine.loss_scale and saved_scale:  # neither, if the precision was another
+                self.engine.loss_scale.load(saved_scale)
             if reader.manifest["world_size"] == distributed.world_size():
                 load_rank_state(reader.local_state(), self.objective, device)
         self.batches = build.batches_of(config, source, self.state.samples_seen)
@@ -149,8 +152,10 @@ class Trainer:
 
         # The step's one wait for the device.
         means, bad, stop = self._reduce(sums, micro_batches)
-        # Both are the same on every rank, so all stop here, before such weights are saved.
-        if not math.isfinite(means["loss"] + float(grad_norm)):
+        scale = self.engine.loss_scale
+        skipped = scale is not None and scale.overflowed
+        # All are the same on every rank, so all stop here, before such weights are saved.
+        if not math.isfinite(means["loss"] + (0.0 if skipped else float(grad_norm))):
             raise UserError(
                 f"the loss of step {self.state.step} is {means['loss']}, the norm of its gradient "
                 f"{float(grad_norm)}: the run stops, its "
@@ -162,7 +167,13 @@ class Trainer:
         return {
             **means,
             "lr": self.engine.param_groups[0]["lr"],
-            "grad_norm": float(grad_norm),
+            # JSON has no infinity; loss_scale_overflow says that this step was skipped.
+            **({} if skipped else {"grad_norm": float(grad_norm)}),
+            **(
+                {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
+                if scale
+                else {}
+            ),
             "images_per_second": self.global_batch / seconds,
             "step_time": seconds,
             "data_time": waited,
@@ -243,6 +254,7 @@ class Trainer:
             trunk=self.config.model.trunk,
             manifest={
                 "state": asdict(self.state),
+                "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state(),
                 "config": build.public(self.config).model_dump(mode="json"),
             },
             keep=self.config.checkpoint.keep,
@@ -299,7 +311,7 @@ class Trainer:
         settled = max(optim.warmup_steps, optim.freeze_prototypes_steps) + SETTLING_STEPS
         if step >= settled and step % COLLAPSE_WINDOW == 0:
             count = len(self._recent)
-            means = {key: sum(m[key] for m in self._recent) / count for key in metrics}
+            means = {key: sum(m.get(key, 0) for m in self._recent) / count for key in metrics}
             if warning := collapse_warning(means):
                 self._say(f"warning: {warning}")
 

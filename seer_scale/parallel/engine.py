@@ -104,9 +104,7 @@ def shard(
     return _ddp(model, values, config, device)
 
 
-def _ddp(
-    model: MultiCropModel, values: Values, config: RunConfig, device: torch.device
-) -> Engine:
+def _ddp(model: MultiCropModel, values: Values, config: RunConfig, device: torch.device) -> Engine:
     model.to_empty(device=device)
     fill(model, values)
     alone = distributed.world_size() == 1
@@ -125,9 +123,7 @@ def _ddp(
     )
 
 
-def _fsdp(
-    model: MultiCropModel, values: Values, config: RunConfig, device: torch.device
-) -> Engine:
+def _fsdp(model: MultiCropModel, values: Values, config: RunConfig, device: torch.device) -> Engine:
     sharding = config.sharding
     hybrid = sharding.strategy == "hsdp"
     mesh = build_mesh(

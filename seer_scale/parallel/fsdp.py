@@ -40,20 +40,17 @@ def shard_units(
             backward; without, it stays whole from its first use to its backward pass.
         prefetch: units to gather ahead of their use.
     """
-    wrapped: list[FSDPModule] = []
     # Float32 for parameters and communication: precision is the forward's, BatchNorm needs no rule.
-    for unit in units:
-        wrapped.append(fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward))
+    wrapped: list[FSDPModule] = [
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward) for unit in units
+    ]
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    for index, unit in enumerate(wrapped):
-        unit.set_modules_to_forward_prefetch(wrapped[index + 1 : index + 1 + prefetch])
-        before = wrapped[max(0, index - prefetch) : index]
-        unit.set_modules_to_backward_prefetch(before[::-1])
+    for index, each in enumerate(wrapped):
+        each.set_modules_to_forward_prefetch(wrapped[index + 1 : index + 1 + prefetch])
+        each.set_modules_to_backward_prefetch(wrapped[max(0, index - prefetch) : index][::-1])
 
 
-def unit_parameters(
-    model: nn.Module, units: Sequence[nn.Module]
-) -> list[list[nn.Parameter]]:
+def unit_parameters(model: nn.Module, units: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
     """The parameters that each unit holds itself, the model's own last."""
     seen: set[nn.Parameter] = set()
     parts = []

@@ -125,9 +125,7 @@ def ds_config(strategy: str, config: RunConfig) -> dict[str, Any] | None:
 
 def train(strategy: str, checkpointing: str) -> tuple[list[float], list[float], list[Any], Any]:
     config = configuration(strategy, checkpointing=checkpointing)
-    engine: Engine = shard(
-        build, SOURCE, config, ds_config(strategy, config), torch.device("cpu")
-    )
+    engine: Engine = shard(build, SOURCE, config, ds_config(strategy, config), torch.device("cpu"))
     losses, norms = [], []
     mine = slice(
         dist.rank() * config.train.micro_batch_size,
@@ -184,9 +182,7 @@ def test_strategy_equals_plain_loop(
 def frozen_state(strategy: str) -> list[tuple[float, float]]:
     """For each frozen step: how far the prototypes moved, and their momentum."""
     config = configuration(strategy)
-    engine = shard(
-        build, SOURCE, config, ds_config(strategy, config), torch.device("cpu")
-    )
+    engine = shard(build, SOURCE, config, ds_config(strategy, config), torch.device("cpu"))
     start = {s.name: s.values.clone() for s in engine.slices()}
     result = []
     for step in range(FROZEN):
@@ -215,9 +211,7 @@ def test_frozen_prototypes_keep_values_and_gather_no_momentum(
 def accumulated(strategy: str, accumulation: int) -> list[Any]:
     """Two halves of a batch in turn, through a model without BatchNorm interaction (eval mode)."""
     config = configuration(strategy, accumulation)
-    engine = shard(
-        build, SOURCE, config, ds_config(strategy, config), torch.device("cpu")
-    )
+    engine = shard(build, SOURCE, config, ds_config(strategy, config), torch.device("cpu"))
     engine.model.eval()  # running statistics: the micro-batches do not see each other
     rows = config.train.micro_batch_size
     norms = []

@@ -1,0 +1,280 @@
+"""The parity matrix: every strategy against a plain loop, SwAV with LARC, freezing and unit rows.
+
+The oracle is one process and plain torch: torch's BatchNorm on the whole batch, Sinkhorn as SwAV's
+authors describe it, LARC and momentum written out. Of the package it uses the bare model alone.
+`benchmarks/parity.py` prints the whole table, the tests hold parts of it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seer_scale.config import RunConfig
+from seer_scale.models import MultiCropModel, build_model, initialise, seeded_values
+from seer_scale.objectives.swav import SwAV
+from seer_scale.optim import apply_schedule
+from seer_scale.parallel import distributed as dist
+from seer_scale.parallel.engine import PROTOTYPES, Engine, shard
+
+STEPS, BATCH, FROZEN = 20, 8, 5
+# Calm: at a high rate the rounding of another order of summation grows without bound.
+LR, MOMENTUM, DECAY, TRUST = 0.05, 0.9, 1e-3, 1e-2
+CROPS, SIZES = (2, 2), (64, 32)
+K, D = 12, 16
+TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
+SOURCE = partial(seeded_values, seed=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One strategy, as the configuration names it."""
+
+    strategy: str
+    world_size: int = 2
+    sharding: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] | None = None
+
+
+CPU = {"device": "cpu"}
+NVME = {"device": "nvme", "nvme_path": "", "buffer_count": 5}  # the path: of this run
+CASES = {
+    "ddp": Case("ddp"),
+    "fsdp": Case("fsdp"),
+    "hsdp(2x2)": Case("hsdp", 4, {"shard_size": 2}),
+    "zero1": Case("zero", zero={"stage": 1}),
+    "zero2": Case("zero", zero={"stage": 2}),
+    "zero3": Case("zero", zero={"stage": 3}),
+    "zero1+cpu-offload": Case("zero", zero={"stage": 1, "offload_optimizer": CPU}),
+    "zero2+cpu-offload": Case("zero", zero={"stage": 2, "offload_optimizer": CPU}),
+    "zero3+cpu-offload": Case(
+        "zero", zero={"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}
+    ),
+    "zero3+nvme": Case(
+        "zero",
+        zero={
+            "stage": 3,
+            "offload_optimizer": NVME,
+            "offload_param": {**NVME, "buffer_size": 1_000_000},
+        },
+    ),
+}
+
+
+@dataclass
+class Result:
+    """What a training leaves: per-step losses and gradient norms, whole tensors by name."""
+
+    losses: list[float]
+    norms: list[float]
+    tensors: dict[str, Tensor]
+
+
+def build(device: torch.device | str) -> MultiCropModel:
+    return build_model(
+        "regnety_debug", head_dims=[32, D], head_batch_norm=True, prototypes=K, device=device
+    )
+
+
+@cache
+def images(step: int) -> list[Tensor]:
+    """Crops of every resolution, [count, BATCH, 3, size, size]: views of the same pictures."""
+    generator = torch.Generator().manual_seed(step)
+    pictures = torch.randn(1, BATCH, 3, 8, 8, generator=generator)
+    crops = []
+    for count, size in zip(CROPS, SIZES, strict=True):
+        large = F.interpolate(pictures[0], size=size, mode="bilinear")
+        noise = torch.randn(count, BATCH, 3, size, size, generator=generator)
+        crops.append(large[None] + 0.5 * noise)
+    return crops
+
+
+# ------------------------------------------------------------------------------- the plain loop
+
+
+def plain_swav(scores: Tensor) -> Tensor:
+    """SwAV's loss (arXiv 2006.09882, section 3) of scores [crops * B, K] of the whole batch."""
+    crops = scores.view(sum(CROPS), BATCH, K)
+    total = scores.new_zeros(())
+    for assign in (0, 1):
+        with torch.no_grad():
+            q = torch.exp(crops[assign].detach().double() / EPSILON).T  # [K, B]
+            q /= q.sum()
+            for _ in range(ITERATIONS):
+                q = q / q.sum(dim=1, keepdim=True) / K
+                q = q / q.sum(dim=0, keepdim=True) / BATCH
+            codes = (q * BATCH).T.to(scores.dtype)
+        for other in range(sum(CROPS)):
+            if other != assign:
+                predicted = F.log_softmax(crops[other] / TEMPERATURE, dim=1)
+                total = total - (codes * predicted).sum(1).mean() / (sum(CROPS) - 1) / 2
+    return total
+
+
+def plain_loop(steps: int = STEPS, precision: torch.dtype | None = None) -> Result:
+    """One process, torch's BatchNorm, whole tensors; `precision` of an autocast, if any."""
+    model = build("cpu")
+    initialise(model, 0)
+    momenta: dict[str, Tensor] = {}
+    losses, norms = [], []
+    for step in range(steps):
+        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+            _, scores = model([crop.flatten(0, 1) for crop in images(step)])
+        loss = plain_swav(scores)
+        model.zero_grad()
+        loss.backward()
+        squares = 0.0
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name == "prototypes.weight" and step < FROZEN:
+                    continue
+                g, p_norm, g_norm = p.grad, p.norm(), p.grad.norm()
+                squares += float(g_norm) ** 2
+                if p_norm > 0 and g_norm > 0:
+                    ratio = TRUST * p_norm / (g_norm + DECAY * p_norm + 1e-8)
+                    g = ratio * (g + DECAY * p)
+                m = momenta[name] = MOMENTUM * momenta.get(name, torch.zeros_like(p)) + g
+                p -= LR * m
+                if name == "prototypes.weight":
+                    p /= p.norm(dim=1, keepdim=True)
+        losses.append(loss.item())
+        norms.append(squares**0.5)
+    return Result(losses, norms, {k: v.detach() for k, v in model.state_dict().items()})
+
+
+# ------------------------------------------------------------------------------- the project
+
+
+def configuration(case: Case, checkpointing: str = "none", **more: dict[str, Any]) -> RunConfig:
+    """The configuration of a case at the world size there is; `more` by section."""
+    accumulation = more.get("train", {}).get("gradient_accumulation", 1)
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"dir": "unused"},
+        "train": {
+            "steps": STEPS,
+            "micro_batch_size": BATCH // dist.world_size() // accumulation,
+        },
+        "model": {"trunk": "regnety_debug", "head_dims": [32, D], "prototypes": K},
+        "objective": {},
+        "optim": {
+            "momentum": MOMENTUM,
+            "weight_decay": DECAY,
+            "trust_coefficient": TRUST,
+            "freeze_prototypes_steps": FROZEN,
+        },
+        "sharding": {
+            "strategy": case.strategy,
+            "deepspeed_config": "unused.json" if case.zero else None,
+            "activation_checkpointing": checkpointing,
+            **case.sharding,
+        },
+        "data": {"path": "unused", "crop_sizes": SIZES, "crop_counts": CROPS},
+        "checkpoint": {},
+        "tracking": {},
+    }
+    for section, values in more.items():
+        sections[section] = {**sections[section], **values}
+    return RunConfig.model_validate({"recipe": "parity", **sections})
+
+
+def ds_config(case: Case, config: RunConfig, nvme: str) -> dict[str, Any] | None:
+    """What `resolve_ds_config` would make of the case's zero_optimization."""
+    from seer_scale.ds_config import resolve_ds_config
+
+    if case.zero is None:
+        return None
+    zero: dict[str, Any] = {"reduce_bucket_size": 1_000_000, **case.zero}
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("device") == "nvme":
+            zero[section] = {**zero[section], "nvme_path": nvme}
+    raw = {"zero_optimization": zero, "steps_per_print": 10**9}
+    return resolve_ds_config(raw, path="case", config=config, world_size=dist.world_size())
+
+
+def build_engine(case: Case, config: RunConfig, device: torch.device) -> Engine:
+    nvme = dist.broadcast_object(tempfile.mkdtemp(prefix="nvme"))
+    return shard(build, SOURCE, config, ds_config(case, config, nvme), device)
+
+
+def my_crops(step: int, device: torch.device, part: int = 0, parts: int = 1) -> list[Tensor]:
+    """This rank's rows of micro-batch `part` of `parts`, [count * rows, 3, size, size] each."""
+    rows = BATCH // parts // dist.world_size()
+    first = part * BATCH // parts + dist.rank() * rows
+    return [crop[:, first : first + rows].flatten(0, 1).to(device) for crop in images(step)]
+
+
+def train(
+    name: str,
+    checkpointing: str = "none",
+    steps: int = STEPS,
+    device: str = "cpu",
+    **more: dict[str, Any],
+) -> Result:
+    """Trains a case on every rank of the group; whole tensors on every rank."""
+    case, where = CASES[name], torch.device(device)
+    config = configuration(case, checkpointing, **more)
+    engine = build_engine(case, config, where)
+    objective = SwAV(
+        crops=sum(CROPS),
+        temperature=TEMPERATURE,
+        epsilon=EPSILON,
+        sinkhorn_iterations=ITERATIONS,
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        frozen = PROTOTYPES if step < FROZEN else frozenset()
+        apply_schedule(engine.param_groups, lr=LR, frozen=frozen)
+        total, norm = torch.zeros((), device=where), None
+        parts = config.train.gradient_accumulation
+        for part in range(parts):
+            loss, _ = objective(*engine(my_crops(step, where, part, parts), None))
+            engine.backward(loss)
+            norm = engine.step()
+            total += loss.detach() / parts
+        assert norm is not None
+        losses.append(float(dist.all_reduce(total)) / dist.world_size())
+        norms.append(float(norm))
+    return Result(losses, norms, whole_tensors(engine))
+
+
+def whole_tensors(engine: Engine) -> dict[str, Tensor]:
+    """Parameters put together from every rank's slices, and buffers, on the host."""
+    mine = [
+        (part.name, part.shape, part.offset, part.values.detach().cpu().clone())
+        for part in engine.slices()
+    ]
+    found: dict[str, Tensor] = {}
+    for name, shape, offset, values in dist.gather_lists(mine if engine.writes_slices else []):
+        whole = found.setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
+        whole[offset : offset + len(values)] = values
+        found[name] = whole
+    shapes = {name: shape for name, shape, _, _ in mine}
+    everyone = dict(dist.gather_lists(list(shapes.items())))
+    tensors = {name: whole.view(everyone[name]) for name, whole in found.items()}
+    return tensors | {name: b.detach().cpu().clone() for name, b in engine.model.named_buffers()}
+
+
+# ------------------------------------------------------------------------------- the comparison
+
+
+def worst_loss(actual: list[float], expected: list[float]) -> float:
+    """Largest relative difference of a step's loss; infinite where one is not finite."""
+    pairs = zip(actual, expected, strict=True)
+    return max(abs(a - b) / abs(b) if a - b == a - b else float("inf") for a, b in pairs)
+
+
+def worst_tensor(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
+    """Largest difference of parameters and of buffers, |a - b| / max(1, |b|) element by element."""
+    assert actual.keys() == expected.keys()
+    worst = {"parameters": 0.0, "buffers": 0.0}
+    for name, value in expected.items():
+        kind = "buffers" if "running_" in name or "num_batches" in name else "parameters"
+        difference = (actual[name].double() - value.double()).abs() / value.double().abs().clamp(1)
+        worst[kind] = max(worst[kind], float(difference.nan_to_num(float("inf")).max()))
+    return worst["parameters"], worst["buffers"]
