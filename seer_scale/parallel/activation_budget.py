@@ -62,12 +62,12 @@ def plan_recompute(
     profile = profile_activations(build, crops, precision)
     recomputed = fewest_recomputed(profile, int(budget * GIB))
     if recomputed is None:
-        least = math.ceil(least_budget(profile) / GIB * 100) / 100
+        least = math.ceil(least_budget(profile) / GIB * 1000) / 1000
         shapes = " + ".join(f"{count} images of {size} pixels" for count, size in crops)
         raise ConfigError(
             f"sharding.activation_checkpointing is auto:{budget:g}, but the activations of a "
-            f"micro-batch ({shapes}) take at least {least:.2f} GiB, whatever is recomputed: set it "
-            f"to auto:{least:.2f} or more, or lower train.micro_batch_size"
+            f"micro-batch ({shapes}) take at least {least:.3f} GiB, whatever is recomputed: set it "
+            f"to auto:{least:.3f} or more, or lower train.micro_batch_size"
         )
     return RecomputePlan(recomputed, len(profile.blocks), profile.peak(recomputed), budget)
 

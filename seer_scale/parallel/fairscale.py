@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,22 +49,18 @@ def wrap_units(
         reshard_after_forward: free a unit after its forward pass and gather it again for the
             backward.
     """
-    from fairscale.nn.data_parallel import FullyShardedDataParallel
-
-    # Of torch to FairScale, on every rank: nothing a user can act on.
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale")
+    wrapper = _wrapper()
     names = {module: name for name, module in model.named_modules()}
     modules = {name: module for module, name in names.items()}
     filled: set[nn.Module] = set()
     for unit in [*units, model]:
         for module in unit.modules():
-            if module in names and module not in filled:  # else: a wrapper, or inside of one
+            if module in names and module not in filled:  # else: a wrapper, or done
                 _fill_layer(module, values, names[module], device)
                 filled.add(module)
         # Float32 for parameters and communication: precision is the forward's. Tensors are not
         # joined to one, so that each is a slice of its own.
-        whole = FullyShardedDataParallel(
+        whole = wrapper(
             unit,
             reshard_after_forward=reshard_after_forward,
             flatten_parameters=False,
@@ -77,6 +74,35 @@ def wrap_units(
     return whole  # type: ignore[no-any-return]
 
 
+@cache
+def _wrapper() -> Any:
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
+
+    # Of torch to FairScale, on every rank: nothing a user can act on.
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale")
+
+    class Wrapper(FullyShardedDataParallel):  # type: ignore[misc]
+        def _setup_output_hook_list(self) -> None:
+            super()._setup_output_hook_list()
+            for module in self.modules():
+                if isinstance(module, FullyShardedDataParallel):
+                    module._output_pre_backward_hook_registered = _Ids()
+
+    return Wrapper
+
+
+class _Ids(list[int]):
+    """Where FairScale notes the id() of every output that it has put a hook on: forgets them all.
+
+    A tensor that recomputation lets go of leaves its id to a later one, which then got no hook, on
+    one rank and not on the other. A second hook on the same tensor does no harm.
+    """
+
+    def append(self, _: int) -> None:
+        pass
+
+
 def _fill_layer(layer: nn.Module, values: Values, name: str, device: torch.device) -> None:
     layer.to_empty(device=device, recurse=False)
     own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
@@ -87,8 +113,8 @@ def _fill_layer(layer: nn.Module, values: Values, name: str, device: torch.devic
 def _cleaned(named_tensors: Any) -> Any:
     def cleaned(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named_tensors(*args, **kwargs):
-            for wrapper in WRAPPERS:
-                name = name.replace(wrapper, "")
+            for prefix in WRAPPERS:
+                name = name.replace(prefix, "")
             yield name, tensor
 
     return cleaned

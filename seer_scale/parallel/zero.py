@@ -99,6 +99,11 @@ class ZeroEngine:
             config=ds_config,
             dist_init_required=False,
         )
+        if self._stage == 2 and self._offload == "none":
+            # DeepSpeed would keep the whole gradient of a tensor that reaches into this rank's
+            # partition, and with one group per tensor all of them do. Its buffer for no more than
+            # the partition is otherwise for gradients summed in another type than the weights'.
+            self._engine.optimizer._use_compact_grad_partition_buffer = lambda group: True
 
     def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
         embeddings, scores = self._engine(crops, queue)
