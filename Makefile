@@ -8,7 +8,7 @@ BATCH ?= 16
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check
+.PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check bench-memory
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -56,6 +56,9 @@ gpu-10b: $(READY)  ## three steps of RG-10B on one GPU of 130 GiB, or of 80 GB (
 
 gpu-check: $(READY)  ## the parity matrix on this machine's GPUs
 	$(BIN)/python benchmarks/gpu_check.py
+
+bench-memory: $(READY)  ## bytes per rank and activations of every strategy: the tables and the plot
+	$(BIN)/python benchmarks/memory.py
 
 docker:  ## build the CUDA image
 	docker build -t seer-scale .

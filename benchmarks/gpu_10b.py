@@ -259,13 +259,13 @@ def show(taken: list[Step], batch: int, built: float) -> None:
 
 
 def estimate_table(trunk: str, batches: tuple[int, ...]) -> str:
-    """The estimated peak by batch, as a Markdown table."""
+    """The estimated peak by batch in GiB, as a Markdown table."""
     rows: list[list[Any]] = []
     for batch in batches:
         found = estimate(configuration(trunk, batch))
         parts = (found.weights, found.momentum, found.on_device, found.on_host)
         rows.append([batch, *(f"{part / GIB:.1f}" for part in parts)])
-    head = ["images", "weights", "momentum", "peak, momentum on the GPU", "peak, on the host"]
+    head = ["images", "weights", "momentum", "peak: momentum on the GPU", "peak: on the host"]
     return record.markdown(head, rows)
 
 

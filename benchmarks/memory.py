@@ -32,6 +32,7 @@ from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
+from seer_scale.parallel.activation_budget import RecomputePlan
 from seer_scale.parallel.activation_profile import profile_activations
 from seer_scale.parallel.engine import Engine, recompute_plan, shard
 from seer_scale.parallel.live_bytes import LiveBytes
@@ -109,7 +110,9 @@ def configuration(*more: str) -> RunConfig:
     return parse(argv, recipes=record.ROOT / "launch" / "recipes").config
 
 
-def build_engine(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
+def build_engine(
+    config: RunConfig, plan: RecomputePlan | None = None
+) -> tuple[Engine, dict[str, Any]]:
     """What a training builds on this rank, on the CPU; and zero_optimization, if there is one."""
     path, ds_config = config.sharding.deepspeed_config, None
     if path is not None:
@@ -120,7 +123,7 @@ def build_engine(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
             world_size=distributed.world_size(),
         )
     source = partial(seeded_values, seed=config.run.seed)
-    engine = shard(partial(build.model_of, config), source, config, ds_config, CPU)
+    engine = shard(partial(build.model_of, config), source, config, ds_config, CPU, plan)
     apply_schedule(engine.param_groups, lr=0.01)
     return engine, (ds_config or {}).get("zero_optimization", {})
 
@@ -205,7 +208,7 @@ def alive() -> Iterator[Tensor]:
 
 
 def measure_activations(steps: int, *more: str) -> list[Activations]:
-    """Modes none, full, and auto with half of what none takes.
+    """Modes none, auto with half of what none takes, and full, in one process.
 
     Steps of the modes take turns, so that a machine that gets slower does so for all; the fastest
     of each counts.
@@ -221,7 +224,7 @@ def measure_activations(steps: int, *more: str) -> list[Activations]:
     plan = recompute_plan(model_of, configs[1])
     assert plan is not None
     recomputed = [frozenset[int](), plan.recomputed, frozenset(range(plan.blocks))]
-    engines = [build_engine(config)[0] for config in configs]
+    engines = [build_engine(config, plan)[0] for config in configs]
     peaks = [activation_peak(*pair) for pair in zip(engines, configs, strict=True)]
     seconds = [float("inf")] * len(modes)
     for _ in range(steps):

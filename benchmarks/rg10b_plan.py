@@ -71,7 +71,7 @@ class Rank:
         buffers: of BatchNorm, which every rank holds whole.
         imports: real memory of the process before anything was built.
         peak: most real memory of the process.
-        seconds: for building, initial values included.
+        seconds: of CPU for building, initial values included.
         units: the wrapping plan.
         gathered: bytes of whole weights at one time of a forward pass, at most.
         recomputed: bytes of whole weights of the largest region that is recomputed.
@@ -116,10 +116,10 @@ def measure(trunk: str, ranks: int, rank: int) -> Rank:
     imports = memory_peak()
     config = configuration(trunk)
     with fake_ranks(ranks, rank):
-        began = time.perf_counter()
+        began = time.process_time()
         engine = build_engine(config)
         momentum = sum(part.momentum.numel() for part in engine.slices())  # made when first seen
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         model = engine.model
         return Rank(
             rank=rank,
@@ -149,7 +149,7 @@ def units_of(model: nn.Module, config: RunConfig) -> Iterator[Unit]:
     parts = unit_parameters(model, modules)
     for module, part in zip([*modules, model], parts, strict=True):
         yield Unit(
-            name=names[module] or "what is left",
+            name=names[module] or "(the stem)",
             tensors=len(part),
             parameters=sum(parameter.numel() for parameter in part),
             here=sum(local(parameter.detach()).numel() for parameter in part),
@@ -235,7 +235,7 @@ def rank_table(ranks: list[Rank]) -> str:
         cells = [f"{number / GIB:.3f}" for number in [*kinds, sum(kinds), each.peak, each.imports]]
         rows.append([each.rank, *cells, f"{each.seconds:.0f}"])
     head = ["rank", "parameters", "gradients", "momentum", "buffers", "sum", "real memory"]
-    return record.markdown([*head, "of it imports", "seconds"], rows)
+    return record.markdown([*head, "of it imports", "CPU s"], rows)
 
 
 def describe(trunk: str, ranks: int, measured: list[Rank]) -> str:

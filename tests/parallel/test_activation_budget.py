@@ -220,7 +220,7 @@ def assert_equal(actual: Result, expected: Result) -> None:
         assert torch.equal(actual.tensors[name], value), name
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_auto_trains_exactly_as_none(distributed: Distributed, name: str) -> None:
     none = distributed(train, 2, name, "none", 3)[0]
     assert_equal(distributed(train, 2, name, "auto:0.007", 3)[0], none)
@@ -248,14 +248,15 @@ def test_a_run_says_its_plan_or_refuses(distributed: Distributed, tmp_path: Path
     data = write_images(tmp_path / "images")
 
     def told(budget: str) -> str:
-        argv = arguments(data, tmp_path / budget, "train.steps=1", "data.crop_sizes=[64]")
+        argv = arguments(data, tmp_path / budget, "train.steps=1", "optim.warmup_steps=0")
+        argv = [word.replace("crop_sizes=[32]", "crop_sizes=[64]") for word in argv]
         auto = f"sharding.activation_checkpointing=auto:{budget}"
         return str(distributed(job, 1, [*argv, auto])[0])
 
     assert re.search(
         r"auto:0.008 recomputes \d of 6 blocks: activations take 0.01 of", told("0.008")
     )
-    assert "take at least 0.01 GiB" in told("0.001")
+    assert "take at least 0.006 GiB" in told("0.001")
     assert not (tmp_path / "0.001").exists()
 
 

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.parity import CASES, Result, plain_loop, train, worst_loss, worst_tensor
+from tests.parallel.parity import (
+    CASES,
+    STEPS,
+    Result,
+    plain_loop,
+    train,
+    worst_loss,
+    worst_tensor,
+)
 
 Distributed = Callable[..., list[Any]]
 # float32 sums in another order (BatchNorm over ranks, weight gradients over parts of a batch),
@@ -40,7 +48,7 @@ def assert_bitwise(actual: Result, other: Result) -> None:
 
 @pytest.mark.parametrize("mistake", ["larc", "rows", "frozen", "momentum"])
 def test_the_comparison_tells_a_mistake(mistake: str) -> None:
-    wrong, right = plain_loop(FEW, mistake=mistake), expected(FEW)
+    wrong, right = plain_loop(mistake=mistake), expected(STEPS)
     off = max(worst_loss(wrong.losses, right.losses), *worst_tensor(wrong.tensors, right.tensors))
     assert off > 10 * TOLERANCE
 
@@ -72,7 +80,10 @@ def test_hybrid_sharding_equals_plain_loop(distributed: Distributed) -> None:
 FUSED = {"optim": {"fuse_backward": True}}
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("ddp", 1), ("fsdp", 2), ("hsdp(2x2)", 4)])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [("ddp", 1), ("fsdp", 2), pytest.param("hsdp(2x2)", 4, marks=pytest.mark.slow)],
+)
 def test_optimizer_in_the_backward_pass_is_the_same_step(
     distributed: Distributed, name: str, world_size: int
 ) -> None:
