@@ -77,7 +77,9 @@ def accumulated(name: str, parts: int) -> list[Any]:
     return [norms, whole_tensors(engine)]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"]
+)
 def test_accumulation_equals_the_whole_batch(distributed: Distributed, name: str) -> None:
     (norms, tensors), _ = distributed(accumulated, 2, name, 1)
     (norms2, tensors2), _ = distributed(accumulated, 2, name, 2)
