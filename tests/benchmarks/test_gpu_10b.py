@@ -76,7 +76,7 @@ def test_gradients_are_never_there_together() -> None:
     assert after.on_device - estimated().on_device > LAYER
 
 
-@pytest.mark.parametrize("fused", ["true", "false"])
+@pytest.mark.parametrize("fused", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_gradient_is_freed_when_it_is_complete(fused: str) -> None:
     config = small(optim__fuse_backward=fused)
     engine = build_engine(config, CPU)

@@ -10,6 +10,7 @@ from benchmarks.gpu_check import Variant, check, compared, report, usable_ranks,
 from tests.parallel import parity
 
 
+@pytest.mark.slow
 def test_the_driver_trains_compares_skips_and_survives(capsys: pytest.CaptureFixture[str]) -> None:
     matrix = [
         Variant("ddp"),

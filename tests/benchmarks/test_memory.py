@@ -25,7 +25,10 @@ Distributed = Callable[..., list[Any]]
 SMALL = ("model.head_dims=[32, 16]", "model.prototypes=40")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [s if s in ("fsdp", "zero2") else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES],
+)
 def test_a_small_model_holds_what_the_formula_says(distributed: Distributed, strategy: str) -> None:
     for state in distributed(measure_state, 2, strategy, *SMALL, "model.trunk=regnety_debug"):
         measured, expected = asdict(state.measured), asdict(state.expected)
@@ -44,6 +47,7 @@ def test_regnety_16gf_holds_what_the_formula_says_within_5_percent(strategy: str
             assert asdict(state.measured)[kind] == pytest.approx(size, rel=0.05), kind
 
 
+@pytest.mark.slow
 def test_activations_are_as_profiled_and_auto_is_within_its_budget(
     distributed: Distributed,
 ) -> None:

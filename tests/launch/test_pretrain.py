@@ -126,7 +126,9 @@ def test_plain_python_runs_zero_alone(images: Path, tmp_path: Path) -> None:
     assert len(lines(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_resuming_goes_on(
     images: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
@@ -181,7 +183,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# Each starts a process; the sentences themselves are tested where they are made.
+ALWAYS = {"missing data", "unknown trunk", "contradiction", "no checkpoint", "tracking folder"}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [m if m in ALWAYS else pytest.param(m, marks=pytest.mark.slow) for m in MISTAKES],
+)
 def test_a_mistake_is_one_sentence(images: Path, tmp_path: Path, mistake: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "step_00000007").mkdir()

@@ -178,7 +178,9 @@ def step(recomputed: frozenset[int], precision: str) -> int:
     return live.peak(without=[parameter.grad for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp-o1"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bf16", "amp-o1"))]
+)
 def test_a_real_step_peaks_where_the_profile_says(precision: str) -> None:
     some = profile(precision)
     for recomputed in ([], [0], [5], [0, 1], [2, 3, 4], [0, 1, 2, 3, 4, 5]):
@@ -220,7 +222,9 @@ def assert_equal(actual: Result, expected: Result) -> None:
         assert torch.equal(actual.tensors[name], value), name
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero3"))]
+)
 def test_auto_trains_exactly_as_none(distributed: Distributed, name: str) -> None:
     none = distributed(train, 2, name, "none", 3)[0]
     assert_equal(distributed(train, 2, name, "auto:0.007", 3)[0], none)
