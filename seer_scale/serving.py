@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
 from seer_scale.preprocessing import MEAN, STD
+from seer_scale.tensor_file import Kind, write_tensors
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"
@@ -33,18 +34,21 @@ FORMAT = 1
 
 
 def export_trunk(
-    model_or_state: nn.Module | Mapping[str, Tensor],
+    model_or_state: nn.Module | Mapping[str, Tensor] | Mapping[str, Kind],
     folder: Path | str,
     *,
     trunk: str,
+    read: Callable[[str], Tensor] | None = None,
     **metadata: Any,
 ) -> Path:
     """Writes a trunk's tensors and what is needed to rebuild it; a killed export leaves no half.
 
     Args:
-        model_or_state: a trunk, or its state_dict, whole tensors on any device.
+        model_or_state: a trunk, or its state_dict, whole tensors on any device; with `read`
+            dtypes and shapes do.
         folder: where the two files go; what it held before is replaced.
         trunk: key of `TRUNKS`.
+        read: gives the values of one tensor at a time, for a trunk larger than memory.
         metadata: JSON values for config.json, e.g. `step=200, loss=3.1`.
 
     Raises:
@@ -61,15 +65,16 @@ def export_trunk(
         "mean": MEAN,
         "std": STD,
         **metadata,
-        "versions": _versions(),
+        "versions": versions(),
     }
     fresh = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
+    write_tensors(
         fresh / WEIGHTS,
-        metadata={"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk},
+        {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()},
+        read or (lambda name: state[name].detach().cpu().contiguous()),  # type: ignore[union-attr]
+        {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk},
     )
     (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():
@@ -162,7 +167,9 @@ def _load_pyfunc(data_path: str) -> FeatureExtractor:
     return FeatureExtractor(load_trunk(data_path))
 
 
-def _check_state(state: Mapping[str, Tensor], module: nn.Module, trunk: str, source: str) -> None:
+def _check_state(
+    state: Mapping[str, Tensor] | Mapping[str, Kind], module: nn.Module, trunk: str, source: str
+) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differences = [
@@ -182,12 +189,13 @@ def _check_state(state: Mapping[str, Tensor], module: nn.Module, trunk: str, sou
         )
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "seer_scale": __version__}
+def versions() -> dict[str, str]:
+    """Python, this package and those that a checkpoint depends on."""
+    found = {"python": platform.python_version(), "seer_scale": __version__}
     for package in ("torch", "torchvision", "safetensors", "numpy"):
         try:
             # Local build labels such as +cu126 exist on no package index.
-            versions[package] = version(package).split("+")[0]
+            found[package] = version(package).split("+")[0]
         except PackageNotFoundError:
             continue
-    return versions
+    return found

@@ -49,12 +49,14 @@ def run_job(argv: list[str]) -> int:
         ds_config = resolve_ds_config(
             load_ds_config(path), path=path, config=config, world_size=distributed.world_size()
         )
+    candidates = checkpoint.choose(parsed.resume, Path(config.run.dir))
+    device = distributed.init()
     trainer = Trainer(
         config,
         ds_config=ds_config,
         source=open_source(config.data.path),
-        resume=checkpoint.choose(parsed.resume, Path(config.run.dir)),
-        device=distributed.init(),
+        resume=checkpoint.first_whole(candidates, print),
+        device=device,
     )
     try:
         trainer.train()

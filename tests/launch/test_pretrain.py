@@ -126,9 +126,11 @@ def test_plain_python_runs_zero_alone(images: Path, tmp_path: Path) -> None:
     assert len(lines(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 0)]
+)
 def test_a_signal_saves_and_resuming_goes_on(
-    images: Path, tmp_path: Path, signum: signal.Signals
+    images: Path, tmp_path: Path, signum: signal.Signals, status: int
 ) -> None:
     run_dir = tmp_path / "run"
     argv = arguments(images, run_dir, "train.steps=4000", "checkpoint.every=5000")
@@ -142,7 +144,7 @@ def test_a_signal_saves_and_resuming_goes_on(
             time.sleep(0.2)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == status, errors
     assert "--resume auto" in errors
     (saved,) = list_checkpoints(run_dir / "checkpoints")
     step = int(saved.name.removeprefix("step_"))
