@@ -60,7 +60,8 @@ def run(arguments: Arguments) -> int:
         )
     source = open_source(config.data.path)
 
-    device = distributed.init()
+    # Longer than the watchdog's patience, which names the ranks that are missing.
+    device = distributed.init(max(30.0, 2 * config.run.hang_minutes))
     resume = checkpoint.first_whole(
         candidates, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
     )

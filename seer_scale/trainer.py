@@ -32,6 +32,7 @@ from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import PROTOTYPES, shard
+from seer_scale.parallel.watchdog import Watchdog
 from seer_scale.progress import Progress
 from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
 from seer_scale.records import Records
@@ -136,6 +137,7 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
         )
         self.batches = build.batches_of(config, source, self.state.samples_seen)
+        self.watchdog = Watchdog(60 * config.run.hang_minutes)
         self.records = self._open_records()
         self.progress = (
             Progress(config.train.steps, self.state.step) if distributed.is_main() else None
@@ -156,9 +158,11 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         micro_batches: list[MicroBatch] = []
         waited = 0.0
-        for _ in range(self.config.train.gradient_accumulation):
+        for micro in range(self.config.train.gradient_accumulation):
             asked = time.perf_counter()
+            self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
             batch = next(self.batches)
+            self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
             waited += time.perf_counter() - asked
             micro_batches.append(batch)
             crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
@@ -251,6 +255,7 @@ class Trainer:
         """
         saved_step = self.state.step
         stop = Stop.NO
+        self.watchdog.at(self.state.step, 0, "beginning")
         while self.state.step < self.config.train.steps and stop is Stop.NO:
             metrics, stop = self.train_step()
             self._log({**metrics, **self._unlogged})
@@ -277,6 +282,7 @@ class Trainer:
     def save(self, *, urgent: bool = False) -> None:
         """Starts a checkpoint; how long that held up the training is in the next step's metrics."""
         began = time.perf_counter()
+        self.watchdog.at(self.state.step + 1, -1, "saving")
         loss = sum(self._losses) / max(1, len(self._losses))
         best = loss < self.state.best_loss
         self.state.best_loss = min(loss, self.state.best_loss)
@@ -334,6 +340,7 @@ class Trainer:
 
     def close(self, status: str) -> None:
         """Ends workers, files and tracking; `status` is FINISHED, KILLED or FAILED."""
+        self.watchdog.close()
         self.batches.close()
         self.saver.close()
         self._after_saves()

@@ -170,16 +170,15 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
     reader = first_whole(folders[::-1], said.append)
     assert reader is not None
     assert reader.folder == folders[1]
-    assert [name in text for name, text in zip(("step_00000004", "step_00000003"), said)] == [
-        True,
-        True,
-    ]
+    assert "step_00000004" in said[0]
+    assert "step_00000003" in said[1]
+    assert len(said) == 2
     assert "does not have the checksum" in said[1]
     for folder in folders[:2]:
         (folder / "trunk" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="none of 4 checkpoints is whole"):
         first_whole(folders[::-1], said.append)
-    with pytest.raises(CheckpointError, match="config.json is 2 bytes long"):
+    with pytest.raises(CheckpointError, match="json is 2 bytes long"):
         first_whole(folders[:1], said.append)
     assert first_whole([], said.append) is None
 

@@ -24,7 +24,9 @@ from tests.checkpoint.test_checkpoint import TRUNK, cut, trained
 Distributed = Callable[..., list[Any]]
 
 
-def start(saver: Saver, step: int, model: nn.Module, local: dict[str, Tensor] | None = None) -> None:
+def start(
+    saver: Saver, step: int, model: nn.Module, local: dict[str, Tensor] | None = None
+) -> None:
     saver.save(
         step=step,
         slices=cut(model, ranks.rank(), ranks.world_size()),
