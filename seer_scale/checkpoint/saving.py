@@ -75,6 +75,7 @@ class Saver:
         self._attempt: str = distributed.broadcast_object(secrets.token_hex(4))
         self._host: dict[str, Tensor] = {}  # reused by every save
         self._thread: threading.Thread | None = None
+        self._patience = PATIENCE_S
         self._outcomes: deque[Outcome] = deque()  # rank 0's; its thread appends
 
     def save(
@@ -124,8 +125,9 @@ class Saver:
         self._join()
         distributed.barrier()
 
-    def close(self, seconds: float = 60.0) -> None:
+    def close(self, seconds: float = 10.0) -> None:
         """Gives a save that is under way `seconds` to end; no collective, for failing runs too."""
+        self._patience = min(self._patience, seconds)
         if self._thread is not None:
             self._thread.join(seconds)
         self._host.clear()
@@ -196,12 +198,36 @@ class Saver:
             return
         problem = None
         try:
-            self._finish(job, _reports(job.partial, distributed.world_size()))
+            self._finish(job, self._reports(job.partial))
         # Whatever it is, the training goes on with the checkpoint before.
         except Exception as error:
             problem = one_line(error)
             shutil.rmtree(job.partial, ignore_errors=True)
         self._end(job.step, problem, job.began)
+
+    def _reports(self, partial: Path) -> dict[str, Stamp]:
+        """The files of all ranks, once each has said that its own is written.
+
+        Raises:
+            CheckpointError: if a rank could not write, or says nothing for too long.
+        """
+        files: dict[str, Stamp] = {}
+        began = time.monotonic()
+        for rank in range(distributed.world_size()):
+            path = _report(partial, rank)
+            while not path.exists():
+                if time.monotonic() - began > self._patience:
+                    raise CheckpointError(
+                        f"rank {rank} has not written its part in {self._patience:g} s"
+                    )
+                time.sleep(_POLL_S)
+            report = json.loads(path.read_text())
+            if "problem" in report:
+                raise CheckpointError(f"rank {rank} could not write its part: {report['problem']}")
+            files[rank_file(partial, rank).name] = Stamp(**report)
+        for rank in range(distributed.world_size()):
+            _report(partial, rank).unlink()
+        return files
 
     def _finish(self, job: Job, files: dict[str, Stamp]) -> None:
         content = {
@@ -324,29 +350,6 @@ def _write_rank(job: Job, host: Mapping[str, Tensor]) -> None:
     with suppress(OSError):
         fresh.write_text(json.dumps(report))
         fresh.rename(_report(job.partial, rank))
-
-
-def _reports(partial: Path, world_size: int) -> dict[str, Stamp]:
-    """The files of all ranks, once each has said that its own is written.
-
-    Raises:
-        CheckpointError: if a rank could not write, or says nothing for too long.
-    """
-    files: dict[str, Stamp] = {}
-    deadline = time.monotonic() + PATIENCE_S
-    for rank in range(world_size):
-        path = _report(partial, rank)
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise CheckpointError(f"rank {rank} has not written its part in {PATIENCE_S:g} s")
-            time.sleep(_POLL_S)
-        report = json.loads(path.read_text())
-        if "problem" in report:
-            raise CheckpointError(f"rank {rank} could not write its part: {report['problem']}")
-        files[rank_file(partial, rank).name] = Stamp(**report)
-    for rank in range(world_size):
-        _report(partial, rank).unlink()
-    return files
 
 
 def publish(partial: Path, folder: Path) -> None:
