@@ -7,7 +7,7 @@ READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lock docker
+.PHONY: help setup demo test test-slow check format lock docker elastic kill stall
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -43,6 +43,15 @@ format: $(READY)  ## rewrite the code in the house format
 lock: $(READY)  ## resolve setup.py and requirements.in into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--no-emit-index-url --extra demo --extra dev setup.py requirements.in -o requirements.lock
+
+elastic: $(READY)  ## the elastic matrix of docs/checkpoints.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/elastic.py --write
+
+kill: $(READY)  ## kill a random rank 20 times and look for lost samples
+	$(BIN)/python benchmarks/kill.py
+
+stall: $(READY)  ## how long a save holds up the training
+	$(BIN)/python benchmarks/stall.py --write
 
 docker:  ## build the CUDA image
 	docker build -t seer-scale .

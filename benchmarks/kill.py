@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py [--kills 20] [--steps 600]
 
-One `torchrun --max-restarts` with `--resume auto`. A third of the kills comes at any moment, a
-third after some steps, a third in the middle of a save. At the end the ordered list of sample ids
-and the losses have to be those of a run that nobody disturbed.
+One `torchrun --max-restarts` with `--resume auto`. A third of the kills comes in the middle of a
+save, a third at any moment, starting up included, a third after some steps. At the end the ordered
+list of sample ids and the losses have to be those of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tests.conftest import free_port  # noqa: E402
 from tests.jobs import arguments, lines, write_images  # noqa: E402
 
 PATIENCE_S = 300.0
+MOMENTS = ("saving", "any", "training")
 
 
 def command(images: Path, run_dir: Path, *, steps: int, ranks: int, restarts: int) -> list[str]:
@@ -79,9 +80,10 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
     return True
 
 
-def kill_one(process: subprocess.Popen[bytes], run_dir: Path, rng: random.Random) -> str | None:
+def kill_one(
+    process: subprocess.Popen[bytes], run_dir: Path, moment: str, rng: random.Random
+) -> str | None:
     """Waits for a moment and kills a rank; what was done, or None if the run has ended."""
-    moment = rng.choice(["any", "training", "saving"])
     if not wait_until(lambda: len(ranks_of(process.pid)) > 0, process):
         return None
     before = steps_done(run_dir)
@@ -127,7 +129,8 @@ def main() -> int:
         began = time.monotonic()
         with subprocess.Popen(argv, env=environment, stderr=log, stdout=log) as process:
             while len(killed) < given.kills:
-                what = kill_one(process, run_dir, rng)
+                moment = MOMENTS[len(killed) % len(MOMENTS)]
+                what = kill_one(process, run_dir, moment, rng)
                 if what is None:
                     break
                 killed.append(what)

@@ -26,7 +26,7 @@ from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
 from seer_scale.preprocessing import MEAN, STD
-from seer_scale.tensor_file import Kind, write_tensors
+from seer_scale.tensor_file import Kind, Stamp, stamp, sync, write_tensors
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"
@@ -34,21 +34,18 @@ FORMAT = 1
 
 
 def export_trunk(
-    model_or_state: nn.Module | Mapping[str, Tensor] | Mapping[str, Kind],
+    model_or_state: nn.Module | Mapping[str, Tensor],
     folder: Path | str,
     *,
     trunk: str,
-    read: Callable[[str], Tensor] | None = None,
     **metadata: Any,
 ) -> Path:
     """Writes a trunk's tensors and what is needed to rebuild it; a killed export leaves no half.
 
     Args:
-        model_or_state: a trunk, or its state_dict, whole tensors on any device; with `read`
-            dtypes and shapes do.
+        model_or_state: a trunk, or its state_dict, whole tensors on any device.
         folder: where the two files go; what it held before is replaced.
         trunk: key of `TRUNKS`.
-        read: gives the values of one tensor at a time, for a trunk larger than memory.
         metadata: JSON values for config.json, e.g. `step=200, loss=3.1`.
 
     Raises:
@@ -56,27 +53,15 @@ def export_trunk(
     """
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     folder = Path(folder)
-    module = build_trunk(trunk, device="meta")
-    _check_state(state, module, trunk, "the model to export")
-    config = {
-        "format": FORMAT,
-        "trunk": trunk,
-        "width": module.width,
-        "mean": MEAN,
-        "std": STD,
-        **metadata,
-        "versions": versions(),
-    }
     fresh = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write_tensors(
-        fresh / WEIGHTS,
+    write_trunk(
+        fresh,
         {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()},
-        read or (lambda name: state[name].detach().cpu().contiguous()),  # type: ignore[union-attr]
-        {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk},
+        lambda name: state[name].detach().cpu().contiguous(),
+        trunk=trunk,
+        **metadata,
     )
-    (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -86,6 +71,52 @@ def export_trunk(
     else:
         os.replace(fresh, folder)
     return folder
+
+
+def write_trunk(
+    folder: Path,
+    kinds: Mapping[str, Kind],
+    read: Callable[[str], Tensor],
+    *,
+    trunk: str,
+    **metadata: Any,
+) -> dict[str, Stamp]:
+    """The two files of `export_trunk`, into a new folder, one tensor in memory at a time.
+
+    Args:
+        folder: made here.
+        kinds: dtype and shape of every tensor.
+        read: gives a tensor's values on the CPU.
+        trunk: key of `TRUNKS`.
+        metadata: JSON values for config.json.
+
+    Returns:
+        The files' lengths and checksums by name.
+
+    Raises:
+        CheckpointError: if the tensors are not those of `trunk`.
+        OSError: if the disk is full or does not write.
+    """
+    module = build_trunk(trunk, device="meta")
+    _check_state(
+        {name: kind.shape for name, kind in kinds.items()}, module, trunk, "the model to export"
+    )
+    config = {
+        "format": FORMAT,
+        "trunk": trunk,
+        "width": module.width,
+        "mean": MEAN,
+        "std": STD,
+        **metadata,
+        "versions": versions(),
+    }
+    folder.mkdir(parents=True)
+    named = {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk}
+    weights = write_tensors(folder / WEIGHTS, kinds, read, named)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    sync(folder / CONFIG)
+    sync(folder)
+    return {WEIGHTS: weights, CONFIG: stamp(folder / CONFIG)}
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -126,7 +157,8 @@ def load_trunk(folder: Path | str) -> nn.Module:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); export the trunk again") from None
     module = build_trunk(trunk, device="meta")
-    _check_state(state, module, trunk, str(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_state(shapes, module, trunk, str(path))
     module.load_state_dict(state, assign=True)
     return module.eval()
 
@@ -168,10 +200,9 @@ def _load_pyfunc(data_path: str) -> FeatureExtractor:
 
 
 def _check_state(
-    state: Mapping[str, Tensor] | Mapping[str, Kind], module: nn.Module, trunk: str, source: str
+    found: Mapping[str, tuple[int, ...]], module: nn.Module, trunk: str, source: str
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differences = [
         *(f"missing {name}" for name in expected.keys() - found.keys()),
         *(f"unexpected {name}" for name in found.keys() - expected.keys()),

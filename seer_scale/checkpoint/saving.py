@@ -36,9 +36,9 @@ from seer_scale.checkpoint.retention import expired
 from seer_scale.errors import CheckpointError
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
-from seer_scale.serving import export_trunk, versions
+from seer_scale.serving import versions, write_trunk
 from seer_scale.slices import Slice
-from seer_scale.tensor_file import Kind, Stamp, stamp, sync, write_tensors
+from seer_scale.tensor_file import Kind, Stamp, sync, write_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
 SPARE_BYTES = 64 << 20  # that a checkpoint leaves free on the disk
@@ -239,12 +239,8 @@ class Saver:
         }
         # From the files just written: they are whole under every strategy, the model need not be.
         kinds, read = lazily(CheckpointReader(job.partial, content), "trunk.")
-        trunk = job.partial / "trunk"
-        export_trunk(kinds, trunk, trunk=job.trunk, read=read, step=job.step)
-        for path in sorted(trunk.iterdir()):
-            files[f"trunk/{path.name}"] = stamp(path)
-            sync(path)
-        sync(trunk)
+        trunk = write_trunk(job.partial / "trunk", kinds, read, trunk=job.trunk, step=job.step)
+        files |= {f"trunk/{name}": written for name, written in trunk.items()}
         write_manifest(job.partial, content, files)
         publish(job.partial, checkpoint_folder(self.root, job.step))
         self._prune(checkpoint_folder(self.root, job.step))
