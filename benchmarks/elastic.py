@@ -13,6 +13,7 @@ import itertools
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import record  # noqa: E402
-from tests.conftest import Pool  # noqa: E402
+from tests import conftest  # noqa: E402
 from tests.jobs import arguments, losses, run_job, write_images  # noqa: E402
 
 STEPS, STOP, BATCH = 20, 7, 8
+conftest.SECONDS = 3600  # four ranks share what cores there are
 TOLERANCE = 1e-4
 ZERO = {
     f"zero{n}": ["--deepspeed_config", str(ROOT / "ds_configs" / f"zero{n}.json")]
@@ -40,7 +42,7 @@ class Matrix:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.images = write_images(folder / "images")
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[int, conftest.Pool] = {}
         self._whole: dict[Place, Path] = {}
 
     def whole(self, place: Place) -> Path:
@@ -79,7 +81,7 @@ class Matrix:
             *more,
         )
         if world_size not in self._pools:
-            self._pools[world_size] = Pool(world_size)
+            self._pools[world_size] = conftest.Pool(world_size)
         began = time.monotonic()
         self._pools[world_size].run(run_job, argv)
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
@@ -116,8 +118,7 @@ def main() -> int:
     cells: dict[Place, list[str]] = {}
     found: list[dict[str, Any]] = []
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, closing(Matrix(Path(folder))) as matrix:
         for start, end in changes(strategies, arguments_.all):
             difference = matrix.difference(start, end)
             failed += difference > TOLERANCE
@@ -130,7 +131,6 @@ def main() -> int:
             failed += not same
             found.append({"start": place, "end": place, "bit_for_bit": same})
             exact.append([strategy, world_size, "equal" if same else "DIFFERENT"])
-        matrix.close()
     per_pair = len(CHANGES) if arguments_.all else 1
     rows = [
         [name, *(", ".join(texts[i : i + per_pair]) for i in range(0, len(texts), per_pair))]

@@ -76,18 +76,19 @@ class Watchdog:
     # ----------------------------------------------------------------------------- in the thread
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._beat):
+        while not self._closed.is_set():
             late = time.monotonic() - self._since - self._timeout
+            missing: list[str] = []
             try:
                 self._tell()
-                missing = self._find_missing() if late > 0 else []
+                if late > 0:
+                    missing = self._find_missing()
             except Exception as error:  # whatever it is, there is no store to ask any more
-                if late <= 0:
-                    continue  # a run that goes on needs no store
                 missing = [f"all others (the store of rank 0's node does not answer: {error})"]
-            if late > 0 and not self._closed.is_set():
+            if late > 0 and not self._closed.is_set():  # a run that goes on needs no store
                 self._end(self._sentence(missing))
                 return
+            self._closed.wait(self._beat)
 
     def _tell(self) -> None:
         self._beats += 1
