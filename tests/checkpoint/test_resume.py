@@ -64,6 +64,20 @@ def test_a_queue_moves_to_another_number_of_ranks(
     assert losses(moved) == pytest.approx(losses(two)[4:], rel=1e-4)
 
 
+def test_another_precision_and_strategy_go_on_from_the_same_weights(
+    distributed: Distributed, images: Path, tmp_path: Path
+) -> None:
+    half, full = tmp_path / "half", tmp_path / "full"
+    common = ["optim.base_lr=0.05", "checkpoint.keep=9"]
+    distributed(run_job, 2, arguments(images, half, "train.precision=bf16", *common))
+    step_4 = half / "checkpoints" / "step_00000004"
+    more = [*common, "sharding.strategy=fsdp", "train.steps=5", "--resume", str(step_4)]
+    distributed(run_job, 2, arguments(images, full, *more))
+    # one step from the same masters: they differ by 8 bits of mantissa, in the forward alone
+    assert losses(full) == pytest.approx(losses(half)[4:5], rel=0.01)
+    assert losses(full) != losses(half)[4:5]
+
+
 def run_with_small_files(argv: list[str], bytes_: int) -> str:
     """A run on a disk that takes no file larger than that; what the run says at its end."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
