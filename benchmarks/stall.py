@@ -117,12 +117,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--threads", type=int, help="of the training; else torch's default")
-    parser.add_argument("--folder", help="on the disk to be measured; else the current one")
+    parser.add_argument("--folder", default=str(ROOT / "runs"), help="on the disk to be measured")
     parser.add_argument("--write", action="store_true", help="into docs/checkpoints.md")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    with tempfile.TemporaryDirectory(dir=given.folder or ".") as folder:
+    Path(given.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         training = Training(given.trunk, Path(folder), batch=given.batch, size=given.size)
         found = measure(training, given.repeats)
     middle = {key: statistics.median(case[key] for case in found) for key in found[0]}

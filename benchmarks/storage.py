@@ -80,6 +80,7 @@ def dcp(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
 def measure(way: str, gib: float, folder: str) -> None:
     """Runs in a process of its own; prints JSON."""
     state = slices(gib)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         before = peak_gib()
         save_s, load_s = {"ours": ours, "dcp": dcp}[way](state, Path(name))
@@ -90,7 +91,7 @@ def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0)
-    parser.add_argument("--folder", default=".", help="on the disk to be measured")
+    parser.add_argument("--folder", default=str(ROOT / "runs"), help="on the disk to be measured")
     parser.add_argument("--way", choices=["ours", "dcp"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.way:
