@@ -3,14 +3,16 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 READY := .venv/ready
+BATCH ?= 16
 # Settings of the tests: more threads than cores make multi-process tests slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lock docker elastic kill stall
+.PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
+	elastic kill stall
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(READY)  ## install everything, pinned, into .venv
 
@@ -52,6 +54,18 @@ kill: $(READY)  ## kill a random rank 20 times and look for lost samples
 
 stall: $(READY)  ## how long a save holds up the training
 	$(BIN)/python benchmarks/stall.py --write
+
+parity: $(READY)  ## every strategy against a plain loop: the tables of docs/sharding.md
+	$(BIN)/python benchmarks/parity.py
+
+rg10b-plan: $(READY)  ## RG-10B on 64 ranks, on paper and rank by rank: no GPU needed
+	$(BIN)/python benchmarks/rg10b_plan.py
+
+gpu-10b: $(READY)  ## three steps of RG-10B on one GPU of 130 GiB, or of 80 GB (BATCH=16)
+	$(BIN)/python benchmarks/gpu_10b.py --batch $(BATCH)
+
+gpu-check: $(READY)  ## the parity matrix on this machine's GPUs
+	$(BIN)/python benchmarks/gpu_check.py
 
 docker:  ## build the CUDA image
 	docker build -t seer-scale .

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "fairscale", "apex", "numpy")
 
 def environment() -> dict[str, Any]:
     """Hardware and versions that a number depends on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

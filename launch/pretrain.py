@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 from seer_scale.ds_config import load_ds_config, resolve_ds_config  # noqa: E402
-from seer_scale.errors import REQUEUE_STATUS, ConfigError, UserError, exit_with  # noqa: E402
+from seer_scale.errors import REQUEUE_STATUS, UserError, exit_with  # noqa: E402
 from seer_scale.recipe import Arguments, parse  # noqa: E402
 
 
@@ -21,6 +21,7 @@ def run(arguments: Arguments) -> int:
     """Checks everything that can be checked, then trains; the exit status."""
     config = arguments.config
     is_main = os.environ.get("RANK", "0") == "0"
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     ds_config = None
     if config.sharding.deepspeed_config is not None:
         path = Path(config.sharding.deepspeed_config)
@@ -28,25 +29,27 @@ def run(arguments: Arguments) -> int:
             load_ds_config(path),
             path=path,
             config=config,
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            world_size=world_size,
         )
 
     # torch is first imported here: a mistyped key above is answered at once.
+    import torch
+
     from seer_scale import build, checkpoint
+    from seer_scale.check import check_sharding
     from seer_scale.data import open_source
-    from seer_scale.models.regnet import trunk_config
     from seer_scale.objectives import check_options
-    from seer_scale.parallel import distributed
+    from seer_scale.parallel import distributed, failure
     from seer_scale.tracking.uri import resolve_uri
     from seer_scale.trainer import Stop, Trainer
 
-    stages = len(trunk_config(config.model.trunk).stages)
-    groups = config.sharding.checkpoint_groups
-    if groups is not None and len(groups) != stages:
-        raise ConfigError(
-            f"sharding.checkpoint_groups has {len(groups)} lists, but {config.model.trunk} has "
-            f"{stages} stages: give one list per stage"
-        )
+    check_sharding(
+        config,
+        ds_config,
+        world_size=world_size,
+        local_world_size=distributed.local_world_size(),
+        cuda=torch.cuda.is_available(),
+    )
     if config.tracking.enabled:
         resolve_uri(config.tracking.uri)
     crops = sum(config.data.crop_counts)
@@ -62,16 +65,24 @@ def run(arguments: Arguments) -> int:
 
     # Longer than the watchdog's patience, which names the ranks that are missing.
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes))
-    resume = checkpoint.first_whole(
-        candidates, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
-    )
-    trainer = Trainer(config, ds_config=ds_config, source=source, resume=resume, device=device)
-    status, stop = "FAILED", Stop.NO
+    failure.watch()
     try:
-        stop = trainer.train()
-        status = "FINISHED" if stop is Stop.NO else "KILLED"
-    finally:
-        trainer.close(status)
+        resume = checkpoint.first_whole(
+            candidates, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
+        )
+        trainer = Trainer(config, ds_config=ds_config, source=source, resume=resume, device=device)
+        status, stop = "FAILED", Stop.NO
+        try:
+            stop = trainer.train()
+            failure.unwatch()  # from here on ranks leave as they are done
+            status = "FINISHED" if stop is Stop.NO else "KILLED"
+        finally:
+            trainer.close(status)
+    except UserError:
+        failure.mark()
+        raise
+    except Exception as error:
+        failure.end(error)
     distributed.shutdown()
     return REQUEUE_STATUS if stop is Stop.REQUEUE else 0
 

@@ -23,7 +23,7 @@ REFUSED = {
     "fp16": _PRECISION,
     "bf16": _PRECISION,
     "bfloat16": _PRECISION,
-    "amp": _PRECISION,
+    "amp": "DeepSpeed has dropped it: set train.precision=apex-o1 (or amp-o1) in the recipe",
     "data_types": _PRECISION,
     "activation_checkpointing": "set sharding.activation_checkpointing in the recipe",
     "data_efficiency": "the order of samples is the recipe's (run.seed)",

@@ -34,13 +34,20 @@ def parameter_groups(model: nn.Module, *, unit_rows: frozenset[str]) -> list[dic
         {
             "params": [parameter],
             "name": name,
-            "shape": tuple(getattr(parameter, "ds_shape", parameter.shape)),
+            "shape": _whole_shape(parameter),
             "unit_rows": name in unit_rows,
             "frozen": False,
         }
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def _whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    for attribute in ("ds_shape", "_orig_size"):  # of what DeepSpeed and FairScale have cut
+        if hasattr(parameter, attribute):
+            return tuple(getattr(parameter, attribute))
+    return tuple(parameter.shape)
 
 
 def apply_schedule(
@@ -229,10 +236,13 @@ class SliceSGD(torch.optim.Optimizer):
         return local(tensor).view(-1)[: self._extent(group, parameter)[1]]
 
     def _whole_norms(self, values: list[Tensor], grads: list[Tensor]) -> Tensor:
-        norms = torch.stack([*torch._foreach_norm(values), *torch._foreach_norm(grads)])
+        # In float64 a sum does not depend, once rounded, on how it is cut: every strategy takes the
+        # same step, not only nearly the same.
+        wide = torch._foreach_norm([*values, *grads], dtype=torch.float64)
+        norms = torch.stack(wide)
         if self.shards > 1:
             norms = distributed.all_reduce(norms.square(), group=self.shard_group).sqrt()
-        return norms.view(2, -1)
+        return norms.to(values[0].dtype).view(2, -1)
 
     def _coefficients(self, norms: Tensor, decay: list[float], eps: float) -> tuple[Tensor, Tensor]:
         """What the gradient and the value are multiplied by in the update, [tensors] each."""
@@ -276,10 +286,10 @@ class SliceSGD(torch.optim.Optimizer):
         touched = -(-(lead + length) // width)
         padded = flat.new_zeros(touched * width)
         padded[lead : lead + length] = flat[:length]
-        squared = flat.new_zeros(rows)
-        squared[first : first + touched] = padded.view(touched, width).square().sum(1)
+        squared = flat.new_zeros(rows, dtype=torch.float64)
+        squared[first : first + touched] = padded.view(touched, width).double().square().sum(1)
         if self.shards > 1:
             distributed.all_reduce(squared, group=self.shard_group)
-        norms = squared.sqrt().clamp_min_(1e-12)[first : first + touched]
+        norms = squared.sqrt().clamp_min_(1e-12)[first : first + touched].to(flat.dtype)
         padded = padded.view(touched, width).div_(norms[:, None]).view(-1)
         flat[:length] = padded[lead : lead + length]

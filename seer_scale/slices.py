@@ -61,18 +61,26 @@ def extent(tensor: Tensor, shape: tuple[int, ...], rank: int, shards: int) -> tu
 
 
 @torch.no_grad()
-def fill(model: nn.Module, values: Values, names: dict[Tensor, str] | None = None) -> None:
+def fill(
+    model: nn.Module,
+    values: Values,
+    names: dict[Tensor, str] | None = None,
+    *,
+    recurse: bool = True,
+) -> None:
     """Gives what this rank holds of every parameter and buffer of `model` its value, in place.
 
     Args:
         model: materialised; its parameters whole or DTensors.
         values: where values come from.
         names: of the tensors in the whole model, where `model` is a part of it.
+        recurse: the modules inside of `model` too.
 
     Raises:
         ValueError: if a tensor has no memory here.
     """
-    for own, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    tensors = [*model.named_parameters(recurse=recurse), *model.named_buffers(recurse=recurse)]
+    for own, tensor in tensors:
         name = own if names is None else names[tensor]
         part = local(tensor)
         if part.is_meta:

@@ -31,7 +31,7 @@ from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
-from seer_scale.parallel.engine import PROTOTYPES, shard
+from seer_scale.parallel.engine import PROTOTYPES, recompute_plan, shard
 from seer_scale.parallel.watchdog import Watchdog
 from seer_scale.progress import Progress
 from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
@@ -115,6 +115,7 @@ class Trainer:
         if reader:
             reader.check(build.model_of(config, torch.device("meta")))
         self.state = TrainState.of(reader.manifest, reader.folder) if reader else TrainState()
+        self.plan = recompute_plan(partial(build.model_of, config), config)
         # Not before all that a user may have got wrong: a finished run's record stays as it is.
         self.tracker = build.tracker_of(config, self.state.step)
         self.engine = shard(
@@ -123,6 +124,7 @@ class Trainer:
             config,
             ds_config,
             device,
+            self.plan,
         )
         if reader:
             reader.fill_momentum(self.engine.slices())
@@ -436,6 +438,8 @@ class Trainer:
             f"{config.train.steps}\nrun folder {self.run_dir}, MLflow run "
             f"{self.run_id or ('not known yet' if config.tracking.enabled else 'off')}"
         )
+        if self.plan:
+            self._say(str(self.plan))
         if saved_config is not None:
             saved, now = build.flatten(saved_config), build.flatten(config.model_dump(mode="json"))
             changed = [

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 SECONDS = 180  # a rank that answers no sooner hangs in a collective
+SLOW_SECONDS = 1500  # in tests marked slow
 
 # Read by torch at import; more threads than cores make multi-process tests slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -64,17 +65,17 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = SECONDS) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while len(results) < len(self.pipes):
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = sorted(set(range(len(self.pipes))) - results.keys())
-                raise TimeoutError(f"ranks {silent} did not answer within {SECONDS} s")
+                raise TimeoutError(f"ranks {silent} did not answer within {seconds} s")
             for pipe in ready:
                 rank = self.pipes.index(pipe)
                 good, value = pipe.recv()
@@ -98,13 +99,16 @@ def _pools() -> Iterator[dict[int, Pool]]:
 
 
 @pytest.fixture
-def distributed(_pools: dict[int, Pool]) -> Callable[..., list[Any]]:
+def distributed(
+    _pools: dict[int, Pool], request: pytest.FixtureRequest
+) -> Callable[..., list[Any]]:
     """`distributed(function, world_size, *args)` -> what the function returned on each rank."""
+    seconds = SLOW_SECONDS if request.node.get_closest_marker("slow") else SECONDS
 
     def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         pool = _pools.get(world_size) or _pools.setdefault(world_size, Pool(world_size))
         try:
-            return pool.run(function, *args)
+            return pool.run(function, *args, seconds=seconds)
         except BaseException:
             # The other ranks may wait in a collective that will never end.
             _pools.pop(world_size).close()

@@ -37,6 +37,7 @@ def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
 def run_job(argv: list[str]) -> int:
     """What launch/pretrain.py does, inside a process group that exists; returns the last step."""
     from seer_scale import checkpoint
+    from seer_scale.check import check_sharding
     from seer_scale.data import open_source
     from seer_scale.ds_config import load_ds_config, resolve_ds_config
     from seer_scale.parallel import distributed
@@ -51,6 +52,14 @@ def run_job(argv: list[str]) -> int:
         )
     candidates = checkpoint.choose(parsed.resume, Path(config.run.dir))
     device = distributed.init()
+
+    check_sharding(
+        config,
+        ds_config,
+        world_size=distributed.world_size(),
+        local_world_size=distributed.local_world_size(),
+        cuda=False,
+    )
     trainer = Trainer(
         config,
         ds_config=ds_config,

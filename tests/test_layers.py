@@ -18,6 +18,7 @@ LAYERS = {
     "launch": 4,
     "seer_scale.trainer": 3,
     "seer_scale.build": 3,
+    "seer_scale.check": 3,
     "seer_scale.rank_state": 3,
     "seer_scale.checkpoint": 2,
     "seer_scale.optim": 2,
@@ -40,6 +41,7 @@ LAYERS = {
     "seer_scale.objectives": 1,
     "seer_scale.schedules": 1,
     "seer_scale.parallel.distributed": 0,
+    "seer_scale.parallel.failure": 0,
     "seer_scale.errors": 0,
     "seer_scale.config": 0,
     "seer_scale.recipe": 0,
@@ -72,7 +74,9 @@ ONLY = {
 }
 # The one module that may import it.
 SOLE_IMPORTER = {
+    "apex": "seer_scale.parallel.apex",
     "deepspeed": "seer_scale.parallel.zero",
+    "fairscale": "seer_scale.parallel.fairscale",
     "mlflow": "seer_scale.tracking.mlflow_client",
 }
 

@@ -96,7 +96,7 @@ BAD = [
     ("run.seed=4294967296", ["run.seed is 4294967296", "an integer >= 0 and <= 4294967295"]),
     ("train.steps=0", ["train.steps is 0", "an integer > 0"]),
     ("train.micro_batch_size=-4", ["train.micro_batch_size is -4", "an integer > 0"]),
-    ("train.precision=fp16", ['train.precision is "fp16"', "fp32 or bf16"]),
+    ("train.precision=fp16", ['train.precision is "fp16"', "fp32, bf16, amp-o1 or apex-o1"]),
     ("optim.schedule=linear", ['optim.schedule is "linear"', "cosine or constant"]),
     ("optim.momentum=1", ["optim.momentum is 1", ">= 0 and < 1"]),
     ("optim.end_lr_ratio=2", ["optim.end_lr_ratio is 2", ">= 0 and <= 1"]),
@@ -109,8 +109,11 @@ BAD = [
     ("data.blur_probability=1.5", ["data.blur_probability is 1.5", "<= 1"]),
     ("data.crop_scales=[[0.1,0.5,1]]", ["data.crop_scales is [[0.1, 0.5, 1]]", "a list of pairs"]),
     ("sharding.sync_bn_group_size=-2", ["sharding.sync_bn_group_size is -2", ">= -1"]),
-    ("sharding.strategy=fsdp", ['sharding.strategy is "fsdp"', "ddp or zero"]),
-    ("sharding.activation_checkpointing=some", ['is "some"', "none, full or groups"]),
+    ("sharding.strategy=fsdp2", ['is "fsdp2"', "ddp, fsdp, hsdp, zero or fairscale"]),
+    (
+        "sharding.activation_checkpointing=some",
+        ['is "some"', "none, full, groups or auto:GIB (e.g. auto:12.5)"],
+    ),
     # impossible together
     (
         "data.crop_counts=[2,2,2]",

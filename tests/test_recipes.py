@@ -154,6 +154,7 @@ def test_crops_and_batch_norm_groups(
 
 @pytest.mark.parametrize("name", LARGE)
 def test_optimizer(name: str) -> None:
+    assert recipe(name).train.precision == "amp-o1"  # float16 was published for all
     optim = recipe(name).optim
     assert optim.larc
     assert (optim.trust_coefficient, optim.momentum, optim.base_lr) == (1e-3, 0.9, 0.3)

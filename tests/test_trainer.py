@@ -54,14 +54,14 @@ def test_a_run_leaves_its_records(distributed: Distributed, images: Path, tmp_pa
     assert trunk(torch.zeros(1, 3, 32, 32)).shape == (1, trunk.width)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
 def test_two_processes_equal_one(
     distributed: Distributed, images: Path, tmp_path: Path, strategy: str
 ) -> None:
     calm = ["run.log_samples=true", "optim.base_lr=0.05", "model.head_batch_norm=true"]
     one, two = tmp_path / "one", tmp_path / "two"
     distributed(run_job, 1, arguments(images, one, "train.micro_batch_size=8", *calm))
-    more = ZERO.get(strategy, [])
+    more = ZERO.get(strategy, [f"sharding.strategy={strategy}"])
     distributed(run_job, 2, arguments(images, two, "train.micro_batch_size=4", *calm, *more))
     # float32 sums in another order, through eight steps of a BatchNorm network
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
@@ -82,8 +82,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         (2, ["train.gradient_accumulation=2"]),
         (2, ZERO["zero2"]),
         (2, [*ZERO["zero3"], "sharding.activation_checkpointing=full"]),
+        (2, ["sharding.strategy=fsdp", "train.precision=amp-o1"]),
     ],
-    ids=["alone, queue", "ddp, accumulation", "zero2", "zero3, recompute"],
+    ids=["alone, queue", "ddp, accumulation", "zero2", "zero3, recompute", "fsdp, float16"],
 )
 def test_resuming_equals_not_having_stopped_bit_for_bit(
     distributed: Distributed, images: Path, tmp_path: Path, world_size: int, more: list[str]
@@ -98,6 +99,9 @@ def test_resuming_equals_not_having_stopped_bit_for_bit(
     argv = arguments(images, resumed, *common, "--resume", "auto")
     assert distributed(run_job, world_size, argv) == [8] * world_size
     assert losses(resumed) == losses(whole)
+    assert [line.get("loss_scale") for line in lines(resumed)] == [
+        line.get("loss_scale") for line in lines(whole)
+    ]
     assert lines(resumed, "samples.jsonl") == lines(whole, "samples.jsonl")
     for name in ("step_00000006", "step_00000008"):
         expected, actual = (tensors(run / "checkpoints" / name) for run in (whole, resumed))

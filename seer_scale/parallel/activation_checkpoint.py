@@ -6,7 +6,8 @@ safe for BatchNorm: see `batchnorm.checkpoint_contexts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,22 +21,25 @@ def apply_activation_checkpointing(
     stages: Sequence[Sequence[nn.Module]],
     mode: str,
     groups: Sequence[Sequence[int]] | None = None,
+    recomputed: Collection[int] = (),
 ) -> None:
     """Makes blocks recompute their activations in the backward pass, in place.
 
     Args:
         stages: the trunk's blocks, stage by stage (`model.blocks()`).
-        mode: `none`; `full`, every block on its own; `groups`, runs of blocks as one region.
+        mode: `none`; `full`, every block on its own; `groups`, runs of blocks as one region;
+            `auto:GIB`, the blocks of `recomputed`, each on its own.
         groups: for `groups`, per stage where each group ends (one past its last block), as in
             SEER's RG-10B: [[2], [7], [9, 17], []] makes two groups of stage 3, blocks 0-8 and
             9-16. Blocks after the last end form one more group, and a stage with an empty list is
             not recomputed. Ends beyond the stage mean its end.
+        recomputed: for `auto`, positions counted through all stages (`RecomputePlan.recomputed`).
     """
     if mode == "none":
         return
-    if mode == "full":
-        for stage in stages:
-            for block in stage:
+    if mode == "full" or mode.startswith("auto"):
+        for index, block in enumerate(itertools.chain(*stages)):
+            if mode == "full" or index in recomputed:
                 _recompute_alone(block)
         return
     if groups is None or len(groups) != len(stages):

@@ -3,11 +3,14 @@
 One all-reduce forward and one backward per layer, on CPU (gloo) and CUDA (nccl) alike; none in the
 recomputation of activation checkpointing, which replays the statistics of the first forward so
 that running statistics move once per step. Uneven batches are weighted by their size.
+
+Under torch.compile a layer is part of one graph. With activation checkpointing compile what is
+inside of `checkpoint`, not around it: torch takes contexts of its own making only in a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from threading import local
@@ -60,6 +63,86 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     return use(None), use(0)
 
 
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    momentum: float,
+    group: dist.ProcessGroup,
+) -> Statistics:
+    """The group's statistics of `x`: in a recomputation those of the first forward."""
+    tape = getattr(_recompute, "tape", None)
+    if tape is not None and tape.position is not None:
+        return cast(Statistics, tape.next())
+    mean, variance, count = _reduce_statistics(x, group)
+    unbiased = variance * (count / (count - 1).clamp_min(1))
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    batches.add_(1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    statistics = mean.to(dtype), variance.to(dtype), count.to(dtype)
+    if tape is not None:
+        tape.statistics.append(statistics)
+    return statistics
+
+
+def _reduce_statistics(x: Tensor, group: dist.ProcessGroup) -> Statistics:
+    """Mean, variance and count over the group by one all-reduce, in float64.
+
+    Each rank's mean and variance come from torch's BatchNorm kernel in float32 and are combined
+    in float64, where the textbook sum of squares is exact enough whatever the ratio of mean to
+    deviation.
+    """
+    dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    # The kernel computes in the type of the running buffers; without any, in that of x.
+    scratch = x.new_zeros(2, channels, dtype=dtype)
+    local_mean, local_variance = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
+    local_mean, local_variance = local_mean.double(), local_variance.double()
+    local_count = local_mean.new_full((1,), x.numel() // channels)
+    squares = local_variance + local_mean.square()
+    sums = torch.cat([local_mean * local_count, squares * local_count, local_count])
+    distributed.all_reduce(sums, "sum", group)
+    count = sums[-1]
+    mean = sums[:channels] / count
+    return mean, (sums[channels:-1] / count - mean.square()).clamp_min_(0), count
+
+
+# One operator to a compiler, so that the graphs of a forward and of its recomputation are the same
+# and the tape is consulted when they run.
+@torch.library.custom_op(
+    "seer_scale::group_statistics", mutates_args=("running_mean", "running_var", "batches")
+)
+def _traced_statistics(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    momentum: float,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    process_group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
+    mean, variance, count = _statistics(
+        x, running_mean, running_var, batches, momentum, process_group
+    )
+    # What an operator returns is the compiler's to overwrite; the tape keeps its own.
+    return mean.clone(), variance.clone(), count.clone()
+
+
+@_traced_statistics.register_fake
+def _(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    momentum: float,
+    group: str,
+) -> Statistics:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean = x.new_empty(x.shape[1], dtype=dtype)
+    return mean, torch.empty_like(mean), mean.new_empty(())
+
+
 class _Normalize(torch.autograd.Function):
     """Normalisation by the group's statistics; the backward sees through those statistics.
 
@@ -107,36 +190,53 @@ class GroupedSyncBatchNorm(_BatchNorm):
 
     Statistics, running or not, are float32 or wider under every precision. Parameter and buffer
     names are those of `torch.nn.BatchNorm2d`.
+
+    Args:
+        num_features: channels C.
+        group: ranks that share statistics; None for this rank alone.
+        eps: added to the variance.
+        momentum: share of a step's statistics in the running ones.
+        device: where parameters and buffers are made.
+        dtype: of both.
     """
 
-    def __init__(
-        self, num_features: int, group: dist.ProcessGroup | None = None, **kw: Any
-    ) -> None:
-        super().__init__(num_features, **kw)
-        self.group = group
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"BatchNorm expects [B, C, ...], got {tuple(input.shape)}")
+    def __init__(
+        self,
+        num_features: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum, device=device, dtype=dtype)
+        self.group = group
 
     def forward(self, input: Tensor) -> Tensor:
         """Input and output [B, C, ...]; in training the running statistics move once per step."""
-        self._check_input_dim(input)
+        if input.dim() < 2:
+            raise ValueError(f"BatchNorm expects [B, C, ...], got {tuple(input.shape)}")
         if not self.training:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         if self.group is None:
             return self._forward_local(input)
-        tape = getattr(_recompute, "tape", None)
-        if tape is not None and tape.position is not None:
-            mean, variance, count = tape.next()
-        else:
-            mean, variance, count = self._group_statistics(input)
-            if tape is not None:
-                tape.statistics.append((mean, variance, count))
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        momentum = cast(float, self.momentum)
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                name = self.group.group_name
+                statistics = _traced_statistics(input, *running, momentum, name)
+            else:
+                statistics = _statistics(input, *running, momentum, self.group)
         y: Tensor = _Normalize.apply(
-            input, self.weight, self.bias, mean, variance, count, self.eps, self.group
+            input, self.weight, self.bias, *statistics, self.eps, self.group
         )
         return y
 
@@ -145,7 +245,7 @@ class GroupedSyncBatchNorm(_BatchNorm):
         # passes the running statistics too, with a momentum that leaves them as they are.
         tape = getattr(_recompute, "tape", None)
         replay = tape is not None and tape.position is not None
-        if not replay and self.num_batches_tracked is not None:
+        if not replay:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
             input,
@@ -154,38 +254,9 @@ class GroupedSyncBatchNorm(_BatchNorm):
             self.weight,
             self.bias,
             training=True,
-            momentum=0.0 if replay else self.momentum or 0.0,
+            momentum=0.0 if replay else cast(float, self.momentum),
             eps=self.eps,
         )
-
-    @torch.no_grad()
-    def _group_statistics(self, x: Tensor) -> Statistics:
-        """Mean, variance and count over the group by one all-reduce; moves the running statistics.
-
-        Each rank's mean and variance come from torch's BatchNorm kernel in float32 and are combined
-        in float64, where the textbook sum of squares is exact enough whatever the ratio of mean to
-        deviation.
-        """
-        dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
-        # The kernel computes in the type of the running buffers; without any, in that of x.
-        scratch = x.new_zeros(2, channels, dtype=dtype)
-        local_mean, local_variance = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
-        local_mean, local_variance = local_mean.double(), local_variance.double()
-        local_count = local_mean.new_full((1,), x.numel() // channels)
-        squares = local_variance + local_mean.square()
-        sums = torch.cat([local_mean * local_count, squares * local_count, local_count])
-        distributed.all_reduce(sums, "sum", self.group)
-        count = sums[-1]
-        mean = sums[:channels] / count
-        variance = (sums[channels:-1] / count - mean.square()).clamp_min_(0)
-        if self.running_mean is not None and self.running_var is not None:
-            momentum = self.momentum or 0.0
-            unbiased = variance * (count / (count - 1).clamp_min(1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-        return mean.to(dtype), variance.to(dtype), count.to(dtype)
 
 
 @cache
@@ -213,17 +284,29 @@ def sync_group(group_size: int) -> dist.ProcessGroup | None:
     return _groups(world, size)[index]
 
 
-def convert_sync_batchnorm(model: nn.Module, group_size: int) -> nn.Module:
+def convert_sync_batchnorm(
+    model: nn.Module, group_size: int, layer: Callable[..., _BatchNorm] = GroupedSyncBatchNorm
+) -> nn.Module:
     """Replaces every BatchNorm of `model` by a grouped SyncBatchNorm, in place; returns the model.
 
     Parameters and buffers are taken over, on the meta device too. With one rank per group the
     layers do not communicate but still survive activation checkpointing.
+
+    Args:
+        model: with BatchNorm layers of torch.
+        group_size: see `sync_group`.
+        layer: makes one, with the arguments of `GroupedSyncBatchNorm`.
+
+    Raises:
+        ValueError: for a layer without weights, running statistics or a momentum.
     """
     group = sync_group(group_size)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _BatchNorm) and not isinstance(child, GroupedSyncBatchNorm):
-                norm = GroupedSyncBatchNorm(
+                if not child.affine or not child.track_running_stats or child.momentum is None:
+                    raise ValueError(f"{name}: {child} has no weights, statistics or momentum")
+                norm = layer(
                     child.num_features,
                     group,
                     eps=child.eps,

@@ -15,12 +15,13 @@ from torch.distributed import ProcessGroup
 from seer_scale.config import RunConfig
 from seer_scale.models import MultiCropModel
 from seer_scale.optim import SliceSGD, parameter_groups
-from seer_scale.parallel import distributed
+from seer_scale.parallel import apex, distributed, fairscale
+from seer_scale.parallel.activation_budget import RecomputePlan, plan_recompute
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
-from seer_scale.parallel.batchnorm import convert_sync_batchnorm
+from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm, convert_sync_batchnorm
 from seer_scale.parallel.fsdp import build_mesh, shard_units, unit_parameters
 from seer_scale.parallel.fused_backward import FusedBackward
-from seer_scale.parallel.precision import LossScale, apply_autocast
+from seer_scale.parallel.precision import SCALED, LossScale, apply_autocast
 from seer_scale.parallel.torch_engine import TorchEngine, wrap_ddp
 from seer_scale.slices import Slice, Values, fill
 
@@ -73,6 +74,7 @@ def shard(
     config: RunConfig,
     ds_config: dict[str, Any] | None,
     device: torch.device,
+    plan: RecomputePlan | None = None,
 ) -> Engine:
     """Builds a model and puts it under `config.sharding.strategy`, in the one order there is.
 
@@ -87,13 +89,21 @@ def shard(
         config: the run's configuration, which `check.check_sharding` has passed.
         ds_config: resolved DeepSpeed configuration, for strategy `zero`.
         device: where the training runs.
+        plan: of `recompute_plan`, if the caller has asked for it before.
     """
     sharding, train = config.sharding, config.train
+    plan = plan or recompute_plan(build, config)
     model = build(torch.device("meta"))
     values = source(model)
-    convert_sync_batchnorm(model, sharding.sync_bn_group_size)
+    layer = apex.sync_batchnorm if sharding.syncbn == "apex" else GroupedSyncBatchNorm
+    convert_sync_batchnorm(model, sharding.sync_bn_group_size, layer)
+    if train.precision == "apex-o1":
+        apex.apply_o1(model)
     apply_activation_checkpointing(
-        model.blocks(), sharding.activation_checkpointing, sharding.checkpoint_groups
+        model.blocks(),
+        sharding.activation_checkpointing,
+        sharding.checkpoint_groups,
+        plan.recomputed if plan else (),
     )
     apply_autocast(model, train.precision, device)
     if sharding.strategy in ("fsdp", "hsdp"):
@@ -101,7 +111,29 @@ def shard(
     if sharding.strategy == "zero":
         assert ds_config is not None
         return _zero(model, values, config, ds_config, device)
+    if sharding.strategy == "fairscale":
+        return _fairscale(model, values, config, device)
     return _ddp(model, values, config, device)
+
+
+def recompute_plan(
+    build: Callable[[torch.device], MultiCropModel], config: RunConfig
+) -> RecomputePlan | None:
+    """What `sharding.activation_checkpointing=auto:GIB` recomputes; None for other modes.
+
+    Raises:
+        ConfigError: if the budget is below the least possible.
+    """
+    budget, data = config.sharding.activation_budget, config.data
+    if budget is None:
+        return None
+    images = [count * config.train.micro_batch_size for count in data.crop_counts]
+    return plan_recompute(
+        build,
+        crops=list(zip(images, data.crop_sizes, strict=True)),
+        precision=config.train.precision,
+        budget=budget,
+    )
 
 
 def _ddp(model: MultiCropModel, values: Values, config: RunConfig, device: torch.device) -> Engine:
@@ -155,6 +187,25 @@ def _fsdp(model: MultiCropModel, values: Values, config: RunConfig, device: torc
     )
 
 
+def _fairscale(
+    model: MultiCropModel, values: Values, config: RunConfig, device: torch.device
+) -> Engine:
+    whole = fairscale.wrap_units(
+        model,
+        model.units(config.sharding.unit_parameters),
+        values,
+        device,
+        reshard_after_forward=config.sharding.reshard_after_forward,
+    )
+    return TorchEngine(
+        whole,
+        whole.train(),
+        _optimizer(whole, config, shards=distributed.world_size()),
+        gradient_accumulation=config.train.gradient_accumulation,
+        writes_slices=True,
+    )
+
+
 def _zero(
     model: MultiCropModel,
     values: Values,
@@ -189,6 +240,6 @@ def _optimizer(
         trust_coefficient=optim.trust_coefficient if optim.larc else None,
         shards=shards,
         shard_group=shard_group,
-        loss_scale=LossScale() if config.train.precision == "amp-o1" else None,
+        loss_scale=LossScale() if config.train.precision in SCALED else None,
         momentum_on_host=optim.momentum_on_host,
     )

@@ -16,6 +16,7 @@ from torch import nn
 from seer_scale.errors import UserError
 
 AUTOCAST = {"bf16": torch.bfloat16, "amp-o1": torch.float16}
+SCALED = frozenset({"amp-o1", "apex-o1"})  # float16: its gradients need a loss scale
 SMALLEST = 2.0**-14  # a loss that overflows even so is not finite for another reason
 
 
@@ -24,7 +25,8 @@ def apply_autocast(model: nn.Module, precision: str, device: torch.device) -> No
 
     Args:
         model: its float32 regions (prototypes, norms) switch autocast off themselves.
-        precision: of `train.precision`; `fp32` and `apex-o1` leave the model as it is.
+        precision: of `train.precision`; `fp32` leaves the model as it is, and so does `apex-o1`,
+            which is `apex.apply_o1`'s.
         device: where the training runs.
     """
     if precision not in AUTOCAST:

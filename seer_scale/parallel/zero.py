@@ -33,9 +33,19 @@ def _deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Of torch to DeepSpeed, on every rank: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if not deepspeed.comm.is_initialized():
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def missing_for_nvme() -> str | None:
+    """What DeepSpeed lacks for offload to NVMe on this machine, as part of a sentence."""
+    _deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        return None
+    return "DeepSpeed's asynchronous file access needs libaio and its headers (Debian: libaio-dev)"
 
 
 def fill_partitioned(
@@ -89,6 +99,11 @@ class ZeroEngine:
             config=ds_config,
             dist_init_required=False,
         )
+        if self._stage == 2 and self._offload == "none":
+            # DeepSpeed would keep the whole gradient of a tensor that reaches into this rank's
+            # partition, and with one group per tensor all of them do. Its buffer for no more than
+            # the partition is otherwise for gradients summed in another type than the weights'.
+            self._engine.optimizer._use_compact_grad_partition_buffer = lambda group: True
 
     def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
         embeddings, scores = self._engine(crops, queue)

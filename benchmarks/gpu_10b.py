@@ -1,0 +1,288 @@
+"""`make gpu-10b`: SwAV steps of RG-10B on a single GPU, with their time, memory and loss.
+
+The project's own `shard()`, engine and objective. Strategy ddp on one rank costs the least memory:
+the weights are there once, where FSDP would gather a second copy of each unit. Float32 weights and
+momentum, the optimizer in the backward pass, every block recomputed, bf16. Crops are noise: this
+measures memory and speed, not learning. `--estimate` needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a clone works without installing the package
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # tensors of 3 GiB
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from benchmarks import record  # noqa: E402
+from seer_scale import build  # noqa: E402
+from seer_scale.config import RunConfig  # noqa: E402
+from seer_scale.models import seeded_values  # noqa: E402
+from seer_scale.objectives import build_objective  # noqa: E402
+from seer_scale.objectives.build import Objective  # noqa: E402
+from seer_scale.optim import apply_schedule  # noqa: E402
+from seer_scale.parallel.engine import PROTOTYPES, Engine, shard  # noqa: E402
+from seer_scale.parallel.live_bytes import LiveBytes  # noqa: E402
+from seer_scale.recipe import parse  # noqa: E402
+from seer_scale.schedules import prototypes_frozen  # noqa: E402
+from seer_scale.slices import Values  # noqa: E402
+
+COMMAND = "make gpu-10b"
+TRUNK, BATCH, STEPS = "rg_10b", 16, 3  # the recipe's images per GPU
+WHOLE_GIB = 130  # a GPU of this size holds the momentum too
+HOST_GIB = 75  # one of the 80 GB class does not
+HOST_MEMORY_GIB = 64  # for 36 GiB of pinned momentum and the values on their way to the GPU
+SECONDS = 470  # after which the process ends itself
+GIB = 2**30
+ESTIMATED = (4, 16, 64)  # batches of the table in docs/sharding.md
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step."""
+
+    loss: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device at the moment of a step that needs most.
+
+    Attributes:
+        weights: float32 parameters and buffers.
+        momentum: as large as the parameters.
+        on_device: the peak with the momentum on the device.
+        on_host: the peak with the momentum on the host, of which one tensor's is there at a time.
+    """
+
+    weights: int
+    momentum: int
+    on_device: int
+    on_host: int
+
+
+def configuration(trunk: str, batch: int, **more: str) -> RunConfig:
+    """RG-10B's recipe as a single GPU can train it; `more` overrides it, with __ for the dot."""
+    settings = {
+        "model__trunk": trunk,
+        "train__micro_batch_size": str(batch),
+        "train__precision": "bf16",  # float16's scale has to see all gradients before a step
+        "optim__fuse_backward": "true",
+        "optim__warmup_steps": "0",  # its first steps would move no float32 weight
+        "sharding__activation_checkpointing": "full",  # one block's is less than a group's
+        "sharding__checkpoint_groups": "null",
+        "sharding__sync_bn_group_size": "0",
+        **more,
+    }
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    recipes = ROOT / "launch" / "recipes"
+    return parse(["--recipe", "seer_rg10b", *overrides], recipes=recipes).config
+
+
+def build_engine(config: RunConfig, device: torch.device) -> Engine:
+    """The model with its initial values and its optimizer, on one rank."""
+    source = partial(seeded_values, seed=config.run.seed)
+    return shard(partial(build.model_of, config), source, config, None, device)
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The recipe's objective."""
+    crops, section = sum(config.data.crop_counts), config.objective
+    return build_objective(section.name, crops=crops, options=section.options)
+
+
+def run(config: RunConfig, device: torch.device, steps: int) -> tuple[list[Step], float]:
+    """Builds the model and takes steps; the steps, and the seconds that building took."""
+    began = time.perf_counter()
+    engine, objective = build_engine(config, device), objective_of(config)
+    _wait_for(device)
+    built = time.perf_counter() - began
+    taken = []
+    for step in range(steps):
+        crops = noise(config, step, device)
+        _wait_for(device)
+        began = time.perf_counter()
+        loss, grad_norm = take_step(engine, objective, config, step, crops)
+        values = loss.item(), grad_norm.item()  # waits for the device
+        taken.append(Step(*values, time.perf_counter() - began))
+    return taken, built
+
+
+def take_step(
+    engine: Engine, objective: Objective, config: RunConfig, step: int, crops: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One step as the trainer takes it; its loss and the norm of its gradient."""
+    still = prototypes_frozen(step, config.optim.freeze_prototypes_steps)
+    apply_schedule(
+        engine.param_groups,
+        lr=build.learning_rate_of(config, step),
+        frozen=PROTOTYPES if still else frozenset(),
+    )
+    loss, _ = objective(*engine(crops, None))
+    engine.backward(loss)
+    grad_norm = engine.step()
+    assert grad_norm is not None
+    return loss.detach(), grad_norm
+
+
+def noise(config: RunConfig, step: int, device: torch.device) -> list[Tensor]:
+    """Crops of every resolution, [count * B, 3, size, size]."""
+    generator = torch.Generator(device).manual_seed(step)
+    batch, data = config.train.micro_batch_size, config.data
+    return [
+        torch.randn(count * batch, 3, size, size, generator=generator, device=device)
+        for count, size in zip(data.crop_counts, data.crop_sizes, strict=True)
+    ]
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """What two steps would take, by running them on tensors that have shapes and no memory.
+
+    Not counted: what a kernel takes for itself (a convolution's workspace), the CUDA context, and
+    what the allocator cannot use between blocks.
+    """
+    cpu = torch.device("cpu")
+    # Built outside: modules cannot take fake tensors in place of fake ones.
+    model = build.model_of(config, torch.device("meta"))
+    data, batch = config.data, config.train.micro_batch_size
+
+    def empty(_: nn.Module) -> Values:
+        return lambda name, start, stop: torch.empty(stop - start)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        engine = shard(lambda _: model, empty, config, None, cpu)
+        for step in range(2):  # in the first the momentum only comes into being
+            crops = [
+                torch.empty(count * batch, 3, size, size)
+                for count, size in zip(data.crop_counts, data.crop_sizes, strict=True)
+            ]
+            take_step(engine, objective_of(config), config, step, crops)
+        momenta = [part.momentum for part in engine.slices()]
+    largest = max(momentum.nbytes for momentum in momenta)
+    return Estimate(
+        weights=sum(t.nbytes for t in [*engine.model.parameters(), *engine.model.buffers()]),
+        momentum=sum(momentum.nbytes for momentum in momenta),
+        on_device=live.peak(),
+        on_host=live.peak(without=momenta) + largest,
+    )
+
+
+def momentum_on_host(gpu_gib: float, host_gib: float) -> bool | None:
+    """Whether the momentum has to be on the host; None if RG-10B does not fit even so."""
+    if gpu_gib >= WHOLE_GIB:
+        return False
+    return True if gpu_gib >= HOST_GIB and host_gib >= HOST_MEMORY_GIB else None
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+def on_gpu(batch: int, steps: int) -> int:
+    """The steps on this machine's first GPU; 0 also where there is none that is large enough."""
+    need = (
+        f"RG-10B needs a CUDA GPU of {WHOLE_GIB} GiB, or of {HOST_GIB} GiB with {HOST_MEMORY_GIB} "
+        "GiB of host memory"
+    )
+    if not torch.cuda.is_available():
+        print(f"no CUDA GPU here, nothing was run: {need}")
+        return 0
+    device, env = torch.device("cuda", 0), record.environment()
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    on_host = momentum_on_host(total, env["memory_gib"])
+    if on_host is None:
+        print(
+            f"{env['gpus'][0]} has {total:.0f} GiB and this machine {env['memory_gib']:.0f}, "
+            f"nothing was run: {need}"
+        )
+        return 0
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    config = configuration(TRUNK, batch, optim__momentum_on_host=str(on_host).lower())
+    expected = estimate(config)
+    guess = (expected.on_host if on_host else expected.on_device) / GIB
+    where = "host" if on_host else "GPU"
+    print(f"{record.in_words(env)}\nmomentum on the {where}, {batch} images a step", flush=True)
+    print(f"estimated peak {guess:.1f} of {total:.1f} GiB", flush=True)
+    try:
+        taken, built = run(config, device, steps)
+    except torch.OutOfMemoryError as error:
+        print(f"out of memory with a batch of {batch}, try BATCH={batch // 2}: {error}")
+        return 1
+    peak = torch.cuda.max_memory_allocated(device) / GIB
+    reserved = torch.cuda.max_memory_reserved(device) / GIB
+    show(taken, batch, built)
+    print(f"peak memory {peak:.1f} GiB (reserved {reserved:.1f}), estimated {guess:.1f}")
+    path = record.save(
+        "gpu_10b",
+        f"{COMMAND} BATCH={batch}",
+        {
+            "batch": batch,
+            "momentum_on_host": on_host,
+            "build_seconds": built,
+            "steps": [asdict(step) for step in taken],
+            "peak_gib": peak,
+            "reserved_gib": reserved,
+            "estimated_gib": guess,
+        },
+    )
+    print(f"kept in {path.relative_to(ROOT)}")
+    return 0 if all(math.isfinite(step.loss + step.grad_norm) for step in taken) else 1
+
+
+def show(taken: list[Step], batch: int, built: float) -> None:
+    """Prints what steps took."""
+    print(f"built with its initial values in {built:.0f} s")
+    for number, step in enumerate(taken, start=1):
+        print(
+            f"step {number}: loss {step.loss:.5f}, grad_norm {step.grad_norm:.4g}, "
+            f"{step.seconds:.2f} s, {step.seconds / batch:.3f} s per image"
+        )
+
+
+def estimate_table(trunk: str, batches: tuple[int, ...]) -> str:
+    """The estimated peak by batch, as a Markdown table."""
+    rows: list[list[Any]] = []
+    for batch in batches:
+        found = estimate(configuration(trunk, batch))
+        parts = (found.weights, found.momentum, found.on_device, found.on_host)
+        rows.append([batch, *(f"{part / GIB:.1f}" for part in parts)])
+    head = ["images", "weights", "momentum", "peak, momentum on the GPU", "peak, on the host"]
+    return record.markdown(head, rows)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per step")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--estimate", action="store_true", help="only the peak memory, without GPU")
+    options = parser.parse_args()
+    if not options.estimate:
+        return on_gpu(options.batch, options.steps)
+    text = estimate_table(TRUNK, ESTIMATED)
+    print(text)
+    record.put_into(ROOT / "docs" / "sharding.md", "gpu-10b-estimate", text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""`make parity`: every strategy against a plain loop, as a table with the differences measured.
+
+The cases and the plain loop are those of tests/parallel/parity.py. On CPU with gloo; the same on
+GPUs is `make gpu-check`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+from tests.conftest import Pool
+from tests.parallel.parity import (
+    CASES,
+    STEPS,
+    Result,
+    plain_loop,
+    train,
+    worst_loss,
+    worst_tensor,
+)
+
+COMMAND = "make parity"
+DOCUMENT = record.ROOT / "docs" / "sharding.md"
+WORLD_SIZES = (1, 2, 4)
+SECONDS = 1500  # offload to NVMe takes minutes
+
+
+def main() -> int:
+    """Runs the matrix and the world sizes, writes JSON and the tables; 0 if all is within 1e-4."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--only", nargs="*", default=list(CASES), metavar="CASE", help="these cases"
+    )
+    parser.add_argument("--no-docs", action="store_true", help="leave docs/sharding.md as it is")
+    arguments = parser.parse_args()
+    plain = plain_loop()
+    pools = {size: Pool(size) for size in WORLD_SIZES}
+    rows: list[dict[str, Any]] = []
+    try:
+        base: dict[int, Result] = {}
+        for size in WORLD_SIZES:
+            base[size] = pools[size].run(train, "ddp")[0]
+        for name in arguments.only:
+            size = CASES[name].world_size
+            for checkpointing in ("none", "full"):
+                result = pools[size].run(train, name, checkpointing, seconds=SECONDS)[0]
+                rows.append(compare(name, size, checkpointing, result, plain, base[size]))
+        for name in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
+            for size in WORLD_SIZES:
+                if name in arguments.only:
+                    result = pools[size].run(train, name)[0]
+                    rows.append(compare(name, size, "worlds", result, plain, base[size]))
+    finally:
+        for pool in pools.values():
+            pool.close()
+    print(record.save("parity", COMMAND, {"steps": STEPS, "rows": rows}))
+    if not arguments.no_docs:
+        write_tables(rows)
+    return int(max(max(row["loss"], row["parameters"], row["buffers"]) for row in rows) > 1e-4)
+
+
+def compare(
+    name: str, size: int, checkpointing: str, result: Result, plain: Result, ddp: Result
+) -> dict[str, Any]:
+    """Largest differences to the plain loop, and to DDP on as many ranks."""
+    parameters, buffers = worst_tensor(result.tensors, plain.tensors)
+    row = {
+        "case": name,
+        "ranks": size,
+        "checkpointing": checkpointing,
+        "loss": worst_loss(result.losses, plain.losses),
+        "parameters": parameters,
+        "buffers": buffers,
+        "loss_to_ddp": worst_loss(result.losses, ddp.losses),
+        "parameters_to_ddp": max(worst_tensor(result.tensors, ddp.tensors)),
+    }
+    print(row, flush=True)
+    return row
+
+
+def write_tables(rows: list[dict[str, Any]]) -> None:
+    """Puts both tables into docs/sharding.md."""
+    source = f"`{COMMAND}`; {record.in_words(record.environment())}."
+    header = ["strategy", "ranks", "recompute", "loss", "parameters", "buffers", "loss to DDP"]
+    matrix = [
+        [r["case"], r["ranks"], r["checkpointing"], *figures(r)]
+        for r in rows
+        if r["checkpointing"] != "worlds"
+    ]
+    worlds = [[r["case"], r["ranks"], *figures(r)] for r in rows if r["checkpointing"] == "worlds"]
+    record.put_into(DOCUMENT, "parity", f"{source}\n\n{record.markdown(header, matrix)}")
+    del header[2]
+    record.put_into(DOCUMENT, "worlds", f"{source}\n\n{record.markdown(header, worlds)}")
+
+
+def figures(row: dict[str, Any]) -> list[str]:
+    """The differences, two digits; what is equal to the last bit says so."""
+    to_ddp = max(row["loss_to_ddp"], row["parameters_to_ddp"])
+    last = f"{row['loss_to_ddp']:.1e}" if to_ddp else "equal to the last bit"
+    return [f"{row[key]:.1e}" for key in ("loss", "parameters", "buffers")] + [last]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
