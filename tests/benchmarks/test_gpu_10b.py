@@ -70,6 +70,7 @@ def test_with_the_momentum_on_the_host_one_tensor_of_it_is_on_the_device() -> No
     assert found.on_device - found.on_host == found.momentum - prototypes - LAYER
 
 
+@pytest.mark.slow
 def test_gradients_are_never_there_together() -> None:
     # Not the whole 4 layers: with the optimizer in the backward pass activations are there too.
     after = estimated(optim__fuse_backward="false")
@@ -94,6 +95,7 @@ def test_a_gradient_is_freed_when_it_is_complete(fused: str) -> None:
     assert max(counts) == (0 if fused == "true" else len(parameters))
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_an_optimizer_after_the_backward_pass() -> None:
     fused, _ = run(small(), CPU, 3)
     after, _ = run(small(optim__fuse_backward="false"), CPU, 3)

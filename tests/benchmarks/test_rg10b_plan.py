@@ -165,7 +165,16 @@ def _watched(heavy: int, prefetch: int) -> tuple[int, int, int, int]:
     return gathered, forward.most, region, backward.most
 
 
-@pytest.mark.parametrize(("heavy", "prefetch"), [(10**9, 1), (20_000, 1), (3_000, 0), (3_000, 2)])
+@pytest.mark.parametrize(
+    ("heavy", "prefetch"),
+    [
+        (20_000, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((10**9, 1), (3_000, 0), (3_000, 2))
+        ),
+    ],
+)
 def test_what_is_gathered_at_once_is_what_fsdp_does(
     distributed: Callable[..., list[Any]], heavy: int, prefetch: int
 ) -> None:

@@ -106,6 +106,7 @@ def checkpoint_trunk(run_dir: Path) -> torch.nn.Module:
     return trunk.eval()
 
 
+@pytest.mark.slow
 def test_torchrun_trains(images: Path, tmp_path: Path) -> None:
     command = [
         *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), PRETRAIN),
@@ -117,6 +118,7 @@ def test_torchrun_trains(images: Path, tmp_path: Path) -> None:
     assert len(lines(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_plain_python_runs_zero_alone(images: Path, tmp_path: Path) -> None:
     argv = arguments(images, tmp_path / "run", "train.steps=3", "optim.warmup_steps=1")
     config = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json")]

@@ -351,7 +351,7 @@ def check_compiled(ranks: list[list[dict[str, torch.Tensor]]], group_size: int) 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("group_size", [0, 1])
+@pytest.mark.parametrize("group_size", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_graph_under_compile(
     distributed: Distributed, group_size: int, recompute: bool
 ) -> None:
