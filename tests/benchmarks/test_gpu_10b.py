@@ -54,6 +54,7 @@ def estimated(**more: str) -> Estimate:
     return estimate(small(**more))
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_a_run_takes() -> None:
     config = small()
     with LiveBytes() as live:
@@ -65,6 +66,7 @@ def test_the_estimate_is_what_a_run_takes() -> None:
     assert found.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
+@pytest.mark.slow
 def test_with_the_momentum_on_the_host_one_tensor_of_it_is_on_the_device() -> None:
     found, prototypes = estimated(), 4 * 50 * 32  # frozen, so they have none yet
     assert found.on_device - found.on_host == found.momentum - prototypes - LAYER

@@ -41,7 +41,10 @@ class Fragile(SwAV):
 """
 
 
-@pytest.mark.parametrize(("launcher", "asleep"), [("torchrun", "true"), ("deepspeed", "false")])
+@pytest.mark.parametrize(
+    ("launcher", "asleep"),
+    [("torchrun", "true"), pytest.param("deepspeed", "false", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_raises_takes_the_others_down(
     tmp_path: Path, launcher: str, asleep: str
 ) -> None:

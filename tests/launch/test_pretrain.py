@@ -217,6 +217,7 @@ def test_a_mistake_is_one_sentence(images: Path, tmp_path: Path, mistake: str) -
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_under_a_launcher_the_sentence_is_said_once(images: Path, tmp_path: Path) -> None:
     command = [
         *("deepspeed", "--quiet", "--num_gpus", "2", "--master_port", str(free_port()), PRETRAIN),
