@@ -44,6 +44,7 @@ SECONDS = 1500  # for one case in all its variants; offload to NVMe takes minute
 # fp32: sums in another order, as on CPU. Low precision: of CPU runs 0.002 (bf16); a loss scale that
 # starts too high skips the first steps.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "amp-o1": 5e-2, "apex-o1": 5e-2}
+CASES = parity.CASES | parity.GPU_CASES
 MODULES = {"zero": "deepspeed", "fairscale": "fairscale"}
 
 
@@ -182,7 +183,7 @@ def sections(variant: Variant) -> dict[str, dict[str, Any]]:
 
 def reason_to_skip(variant: Variant, *, cuda: bool) -> str | None:
     """Why a variant cannot be had on this machine; None if it can."""
-    case, ranks = parity.CASES[variant.case], distributed.world_size()
+    case, ranks = CASES[variant.case], distributed.world_size()
     module = MODULES.get(case.strategy)
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
@@ -262,7 +263,7 @@ def usable_ranks(gpus: int) -> int:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(parity.CASES), choices=parity.CASES)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--steps", type=int, default=parity.STEPS)
     options = parser.parse_args()
     if not torch.cuda.is_available():

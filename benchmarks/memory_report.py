@@ -38,8 +38,8 @@ precision, before the model is built; the choice is exact (`parallel/activation_
 kernel's workspace, an allocator's gaps and gathered weights are not in it: leave them room.
 
 `regnety_16gf` on one process, float32, 8 crops of 128 pixels and 24 of 64; `auto` was given half of
-what `none` takes. The peak is of bytes of tensors beside weights, gradients and momentum, time is
-that of the fastest step over that of `none`.
+what `none` takes. The peak is of bytes of tensors beside weights, gradients and momentum; time is
+the processor's for the fastest of four steps, over that of `none`.
 """
 
 
@@ -174,14 +174,20 @@ def _draw_activations(axis: Any, modes: Sequence[dict[str, Any]]) -> None:
     for index, mode in enumerate(modes):
         height = mode["peak"] / GIB
         axis.bar(index, height, color="#cc79a7", width=0.6)
-        time = mode["seconds"] / modes[0]["seconds"]
-        text = f"{height:.2f} GiB\n{time:.2f} x time"
-        axis.text(index, height, text, ha="center", va="bottom", fontsize=9)
-        budget = mode["mode"].partition(":")[2]
+        budget = float(mode["mode"].partition(":")[2] or 0)
         if budget:
-            axis.hlines(float(budget), index - 0.42, index + 0.42, color="black", linewidth=1.6)
+            axis.hlines(budget, index - 0.42, index + 0.42, color="black", linewidth=1.6)
+        time = mode["seconds"] / modes[0]["seconds"]
+        axis.annotate(
+            f"{height:.2f} GiB\n{time:.2f} x time",
+            (index, max(height, budget)),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
     axis.set_xticks(range(len(modes)), [mode["mode"].replace(":", ":\n") for mode in modes])
-    axis.set(ylabel="GiB", title="Activations of a micro-batch")
+    axis.set(ylabel="GiB", title="Activations (line: the budget)", xlim=(-0.6, len(modes) - 0.4))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.margins(y=0.18)

@@ -47,7 +47,7 @@ def state_bytes(
 
     Args:
         sizes: elements of every tensor.
-        strategy: of `sharding.strategy`.
+        strategy: of `sharding.strategy`; `fairscale` needs CUDA and has not been measured.
         shards: ranks that share one copy: all, under `hsdp` those of `sharding.shard_size`.
         stage: of ZeRO, for strategy `zero`.
         persistent: `stage3_param_persistence_threshold`: at stage 3 tensors of no more elements
@@ -58,10 +58,11 @@ def state_bytes(
     """
     whole = float(FLOAT * sum(sizes))
     part = whole / shards
-    small = FLOAT * sum(size for size in sizes if size <= persistent)
+    # A slice that is the whole tensor is not there twice.
+    small = FLOAT * sum(size for size in sizes if size <= persistent) if shards > 1 else 0
     if strategy == "ddp" or (strategy == "zero" and stage == 0):
         return StateBytes(whole, whole, whole)
-    if strategy in ("fsdp", "hsdp", "fairscale"):
+    if strategy in ("fsdp", "hsdp"):
         return StateBytes(part, part, part)
     if strategy == "zero" and stage == 1:
         return StateBytes(whole, whole, part + part)

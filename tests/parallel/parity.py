@@ -67,6 +67,8 @@ CASES = {
     ),
 }
 
+GPU_CASES = {"fairscale": Case("fairscale")}  # of `make gpu-check`: it needs CUDA
+
 
 @dataclass
 class Result:
@@ -233,7 +235,7 @@ def train(
     **more: dict[str, Any],
 ) -> Result:
     """Trains a case on every rank of the group; whole tensors on every rank."""
-    case, where = CASES[name], torch.device(device)
+    case, where = (CASES | GPU_CASES)[name], torch.device(device)
     config = configuration(case, checkpointing, **more)
     engine = build_engine(case, config, where)
     objective = SwAV(

@@ -27,6 +27,11 @@ def test_four_shards(strategy: str, more: dict[str, int], expected: tuple[int, i
     assert found.total == sum(expected)
 
 
+def test_one_rank_of_stage_3_holds_small_tensors_once() -> None:
+    found = state_bytes(SIZES, "zero", 1, stage=3, persistent=300)
+    assert found == StateBytes(4000, 4000, 8000)
+
+
 def test_an_unknown_strategy_has_no_formula() -> None:
     with pytest.raises(ValueError, match="'zero' with stage 4"):
         state_bytes(SIZES, "zero", 2, stage=4)
