@@ -81,8 +81,10 @@ def variants(cases: Sequence[str]) -> list[list[Variant]]:
         kinds = [Variant(case), Variant(case, "full")]
         if "nvme" not in case:
             kinds += [Variant(case, precision="bf16"), Variant(case, precision="amp-o1")]
+        if case in ("ddp", "zero0"):
+            kinds.append(Variant(case, precision="apex-o1"))
         if case == "ddp":
-            kinds += [Variant(case, precision="apex-o1"), Variant(case, syncbn="apex")]
+            kinds.append(Variant(case, syncbn="apex"))
         found.append(kinds)
     return found
 

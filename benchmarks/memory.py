@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks import memory_report, record
 from seer_scale import build
@@ -197,10 +198,11 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def alive() -> Iterator[Tensor]:
-    """Every tensor that Python knows of."""
+    """Every tensor with memory that Python knows of; a compiler's fake ones have none."""
     gc.collect()
     for found in gc.get_objects():
-        if issubclass(type(found), Tensor) and not found.is_meta:
+        kind = type(found)
+        if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor) and not found.is_meta:
             yield found
 
 

@@ -103,11 +103,21 @@ def _check_extras(config: RunConfig, *, cuda: bool) -> None:
             f"sharding.strategy is fairscale, but {reason}: use sharding.strategy=fsdp, torch's "
             "own successor of it"
         )
+    if sharding.strategy == "fairscale" and sharding.activation_checkpointing == "groups":
+        raise ConfigError(
+            "sharding.activation_checkpointing is groups, but FairScale loses its state where a "
+            "recomputation of several units ends early: use full, or sharding.strategy=fsdp"
+        )
     if sharding.syncbn == "apex":
         if reason := apex.missing_syncbn(cuda=cuda):
             raise ConfigError(
                 f"sharding.syncbn is apex, but {reason}: use sharding.syncbn=native, which "
                 "computes the same"
+            )
+        if train.precision == "bf16":
+            raise ConfigError(
+                "sharding.syncbn is apex and train.precision is bf16, but Apex's kernels take "
+                "float32 and float16 only: use sharding.syncbn=native or train.precision=amp-o1"
             )
         if sharding.activation_checkpointing != "none":
             raise ConfigError(

@@ -116,6 +116,38 @@ def test_every_ds_config_passes(
     check(zero=path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["train.precision=bf16"], ["syncbn is apex", "precision is bf16"]),
+        (["sharding.activation_checkpointing=full"], ["syncbn is apex", "is full", "twice"]),
+    ],
+)
+def test_apex_layer_has_its_limits(
+    overrides: list[str], fragments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seer_scale.parallel import apex
+
+    monkeypatch.setattr(apex, "missing_syncbn", lambda *, cuda: None)  # as where Apex is
+    check("sharding.syncbn=apex")
+    with pytest.raises(ConfigError) as raised:
+        check("sharding.syncbn=apex", *overrides)
+    assert all(fragment in str(raised.value) for fragment in fragments)
+
+
+def test_fairscale_recomputes_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seer_scale.parallel import fairscale
+
+    monkeypatch.setattr(fairscale, "missing", lambda *, cuda: None)  # as where FairScale is
+    check("sharding.strategy=fairscale", "sharding.activation_checkpointing=full")
+    with pytest.raises(ConfigError, match="groups, but FairScale loses its state"):
+        check(
+            "sharding.strategy=fairscale",
+            "sharding.activation_checkpointing=groups",
+            "sharding.checkpoint_groups=[[1], [2], []]",
+        )
+
+
 def test_apex_o1_goes_with_stage_0_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from seer_scale.parallel import apex
 

@@ -45,6 +45,10 @@ class MultiCropModel(nn.Module):
         scored = embeddings if queue is None else torch.cat([embeddings, queue])
         return embeddings, self.prototypes(scored)
 
+    def stages(self) -> list[nn.Sequential]:
+        """The trunk's stages, each a sequence of residual blocks."""
+        return self.trunk.stages()
+
     def blocks(self) -> list[list[nn.Module]]:
         """The trunk's residual blocks, stage by stage."""
         return self.trunk.blocks()

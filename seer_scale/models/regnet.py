@@ -170,9 +170,13 @@ class RegNet(nn.Module):
     def _pool(self, features: Tensor) -> Tensor:
         return torch.flatten(self.avgpool(features), 1)
 
+    def stages(self) -> list[nn.Sequential]:
+        """The stages, each a sequence of residual blocks."""
+        return [stage for stage in self.trunk_output if isinstance(stage, nn.Sequential)]
+
     def blocks(self) -> list[list[nn.Module]]:
         """The residual blocks of each stage: the units of sharding and activation checkpointing."""
-        return [list(stage.children()) for stage in self.trunk_output.children()]
+        return [list(stage) for stage in self.stages()]
 
 
 def trunk_config(name: str) -> RegNetConfig:

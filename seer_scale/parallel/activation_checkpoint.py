@@ -11,14 +11,14 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from seer_scale.parallel.batchnorm import checkpoint_contexts
 
 
 def apply_activation_checkpointing(
-    stages: Sequence[Sequence[nn.Module]],
+    stages: Sequence[nn.Sequential],
     mode: str,
     groups: Sequence[Sequence[int]] | None = None,
     recomputed: Collection[int] = (),
@@ -26,7 +26,7 @@ def apply_activation_checkpointing(
     """Makes blocks recompute their activations in the backward pass, in place.
 
     Args:
-        stages: the trunk's blocks, stage by stage (`model.blocks()`).
+        stages: of the trunk, each a sequence of blocks (`model.stages()`).
         mode: `none`; `full`, every block on its own; `groups`, runs of blocks as one region;
             `auto:GIB`, the blocks of `recomputed`, each on its own.
         groups: for `groups`, per stage where each group ends (one past its last block), as in
@@ -58,29 +58,22 @@ def _recompute_alone(block: nn.Module) -> None:
     )
 
 
-def _recompute_in_groups(stage: Sequence[nn.Module], ends: Sequence[int]) -> None:
+def _recompute_in_groups(stage: nn.Sequential, ends: Sequence[int]) -> None:
     bounds = sorted({min(end, len(stage)) for end in ends} | {len(stage)})
-    first = 0
-    for bound in bounds:
-        _recompute_together(stage[first:bound])
-        first = bound
 
-
-def _recompute_together(blocks: Sequence[nn.Module]) -> None:
-    """The first block runs the whole group as one region; the others pass their input on."""
-    forwards = [block.forward for block in blocks]
-
-    def run(x: Tensor) -> Tensor:
-        for forward in forwards:
-            x = forward(x)
+    def forward(x: Any) -> Any:
+        # Looked up now, and called as modules: a strategy may have put hooks or wrappers on them.
+        blocks = list(stage.children())
+        for first, bound in itertools.pairwise([0, *bounds]):
+            x = checkpoint(
+                _run, blocks[first:bound], x, use_reentrant=False, context_fn=checkpoint_contexts
+            )
         return x
 
-    def first(x: Tensor) -> Any:
-        return checkpoint(run, x, use_reentrant=False, context_fn=checkpoint_contexts)
+    stage.forward = forward  # type: ignore[method-assign]
 
-    def identity(x: Tensor) -> Tensor:
-        return x
 
+def _run(blocks: Sequence[nn.Module], x: Any) -> Any:
     for block in blocks:
-        block.forward = identity
-    blocks[0].forward = first
+        x = block(x)
+    return x

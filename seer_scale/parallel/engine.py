@@ -100,7 +100,7 @@ def shard(
     if train.precision == "apex-o1":
         apex.apply_o1(model)
     apply_activation_checkpointing(
-        model.blocks(),
+        model.stages(),
         sharding.activation_checkpointing,
         sharding.checkpoint_groups,
         plan.recomputed if plan else (),

@@ -81,7 +81,7 @@ def test_nothing_checked_is_no_success() -> None:
 
 def test_the_matrix_is_whole() -> None:
     flat = [variant for group in variants(list(gpu_check.CASES)) for variant in group]
-    assert {*parity.CASES, "fairscale"} == gpu_check.CASES.keys()
+    assert {*parity.CASES, "fairscale", "zero0"} == gpu_check.CASES.keys()
     for case in gpu_check.CASES:
         for checkpointing in ("none", "full"):
             assert Variant(case, checkpointing) in flat

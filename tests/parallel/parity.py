@@ -67,7 +67,8 @@ CASES = {
     ),
 }
 
-GPU_CASES = {"fairscale": Case("fairscale")}  # of `make gpu-check`: it needs CUDA
+# Of `make gpu-check` too: one needs CUDA, the other is where Apex works under DeepSpeed.
+GPU_CASES = {"fairscale": Case("fairscale"), "zero0": Case("zero", zero={"stage": 0})}
 
 
 @dataclass

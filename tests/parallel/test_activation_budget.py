@@ -167,7 +167,7 @@ def step(recomputed: frozenset[int], precision: str) -> int:
     """Most bytes that a real step takes beside weights and their gradients."""
     model = convert_sync_batchnorm(build("cpu").train(), 0)
     initialise(model, 0)
-    apply_activation_checkpointing(model.blocks(), "auto:1", recomputed=recomputed)
+    apply_activation_checkpointing(model.stages(), "auto:1", recomputed=recomputed)
     apply_autocast(model, precision, torch.device("cpu"))
     objective = SwAV(crops=sum(count for count, _ in CROPS) // 4)
     with LiveBytes() as live:

@@ -268,7 +268,7 @@ class Block(nn.Module):
 def two_resolutions(mode: str, group_size: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = convert_sync_batchnorm(nn.Sequential(*[Block() for _ in range(4)]), group_size)
-    apply_activation_checkpointing([list(model)], mode, [[1]] if mode == "groups" else None)
+    apply_activation_checkpointing([model], mode, [[1]] if mode == "groups" else None)
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     with collectives() as count:
         for _ in range(3):
@@ -315,7 +315,7 @@ def compiled(backend: str, group_size: int, recompute: bool) -> list[dict[str, t
             for block in model:
                 block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
         if recompute:
-            apply_activation_checkpointing([list(model)], "full")
+            apply_activation_checkpointing([model], "full")
         generator = torch.Generator().manual_seed(dist.get_rank())
         rows = 3 + dist.get_rank()
         x = [torch.randn(rows, 3, side, side, generator=generator) for side in (8, 4)]
@@ -368,7 +368,7 @@ def test_one_graph_under_inductor(distributed: Distributed, group_size: int) -> 
 
 def compiled_around() -> str:
     model = convert_sync_batchnorm(nn.Sequential(Block()), 0)
-    apply_activation_checkpointing([list(model)], "full")
+    apply_activation_checkpointing([model], "full")
     torch._dynamo.reset()
     try:
         torch.compile(model, backend="aot_eager")(torch.randn(2, 3, 4, 4))

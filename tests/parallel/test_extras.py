@@ -154,7 +154,7 @@ def test_o1_casts_in_the_forward_and_its_recomputation_only(
     model = build_model("regnety_debug", head_dims=[16, 8], head_batch_norm=False, prototypes=6)
     initialise(model, 0)
     apex.apply_o1(model)
-    apply_activation_checkpointing(model.blocks(), recompute)
+    apply_activation_checkpointing(model.stages(), recompute)
     seen = states(model, handle)
     assert seen.pop("linear") == [True, True, False]  # two layers of the head, the prototypes
     blocks = [calls for name, calls in seen.items() if "trunk_output" in name]

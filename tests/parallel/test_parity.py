@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -66,6 +66,18 @@ def test_strategy_equals_plain_loop(
     # Stricter than any tolerance: norms are summed in float64, so that on two ranks every strategy
     # takes the very same steps.
     assert_bitwise(ranks[0], distributed(train, 2, "ddp", "none", FEW)[0])
+
+
+GROUPS = {"sharding": {"checkpoint_groups": [[1], [1, 2], [2]]}}  # stages of 1, 2 and 3 blocks
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fsdp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ddp", "hsdp(2x2)", "zero3"))],
+)
+def test_groups_of_sharded_blocks_are_recomputed(distributed: Distributed, name: str) -> None:
+    job = partial(train, name, "groups", FEW, **GROUPS)
+    assert_like_the_plain_loop(distributed(job, CASES[name].world_size)[0])
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 4])
