@@ -8,7 +8,8 @@ BATCH ?= 16
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check bench-memory
+.PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
+	bench-memory elastic kill stall
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -44,6 +45,15 @@ format: $(READY)  ## rewrite the code in the house format
 lock: $(READY)  ## resolve setup.py and requirements.in into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--no-emit-index-url --extra demo --extra dev setup.py requirements.in -o requirements.lock
+
+elastic: $(READY)  ## the elastic matrix of docs/checkpoints.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/elastic.py --write
+
+kill: $(READY)  ## kill a random rank 20 times and look for lost samples
+	$(BIN)/python benchmarks/kill.py
+
+stall: $(READY)  ## how long a save holds up the training
+	$(BIN)/python benchmarks/stall.py --write
 
 parity: $(READY)  ## every strategy against a plain loop: the tables of docs/sharding.md
 	$(BIN)/python benchmarks/parity.py

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 from seer_scale.ds_config import load_ds_config, resolve_ds_config  # noqa: E402
-from seer_scale.errors import UserError, exit_with  # noqa: E402
+from seer_scale.errors import REQUEUE_STATUS, UserError, exit_with  # noqa: E402
 from seer_scale.recipe import Arguments, parse  # noqa: E402
 
 
-def run(arguments: Arguments) -> None:
-    """Checks everything that can be checked, then trains."""
+def run(arguments: Arguments) -> int:
+    """Checks everything that can be checked, then trains; the exit status."""
     config = arguments.config
     is_main = os.environ.get("RANK", "0") == "0"
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> None:
     from seer_scale.objectives import check_options
     from seer_scale.parallel import distributed, failure
     from seer_scale.tracking.uri import resolve_uri
-    from seer_scale.trainer import Trainer
+    from seer_scale.trainer import Stop, Trainer
 
     check_sharding(
         config,
@@ -55,22 +55,27 @@ def run(arguments: Arguments) -> None:
     crops = sum(config.data.crop_counts)
     check_options(config.objective.name, config.objective.options, crops=crops)
     build.transform_of(config)
-    resume = checkpoint.choose(arguments.resume, Path(config.run.dir))
-    if arguments.resume == "auto" and resume is None and is_main:
+    candidates = checkpoint.choose(arguments.resume, Path(config.run.dir), config.tracking.uri)
+    if arguments.resume == "auto" and not candidates and is_main:
         print(
             f"--resume auto: {config.run.dir} holds no checkpoint, so this run starts afresh",
             file=sys.stderr,
         )
     source = open_source(config.data.path)
 
-    device = distributed.init()
+    # Longer than the watchdog's patience, which names the ranks that are missing.
+    device = distributed.init(max(30.0, 2 * config.run.hang_minutes))
     failure.watch()
     try:
+        resume = checkpoint.first_whole(
+            candidates, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
+        )
         trainer = Trainer(config, ds_config=ds_config, source=source, resume=resume, device=device)
-        status = "FAILED"
+        status, stop = "FAILED", Stop.NO
         try:
-            status = "FINISHED" if trainer.train() else "KILLED"
+            stop = trainer.train()
             failure.unwatch()  # from here on ranks leave as they are done
+            status = "FINISHED" if stop is Stop.NO else "KILLED"
         finally:
             trainer.close(status)
     except UserError:
@@ -79,12 +84,13 @@ def run(arguments: Arguments) -> None:
     except Exception as error:
         failure.end(error)
     distributed.shutdown()
+    return REQUEUE_STATUS if stop is Stop.REQUEUE else 0
 
 
 def main() -> None:
     """The command line; a user's mistake is one sentence and a non-zero status."""
     try:
-        run(parse(sys.argv[1:], recipes=ROOT / "launch" / "recipes"))
+        sys.exit(run(parse(sys.argv[1:], recipes=ROOT / "launch" / "recipes")))
     except UserError as error:
         exit_with(error)
 

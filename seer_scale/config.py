@@ -51,6 +51,9 @@ class RunSection(Section):
     dir: Text = Field(description="folder of this run")
     seed: Seed = Field(0, description="seed of initial values, sample order, augmentation")
     log_samples: bool = Field(False, description="write every step's sample ids to samples.jsonl")
+    hang_minutes: PositiveFloat = Field(
+        30.0, description="a step that takes longer ends the run with the names of missing ranks"
+    )
 
 
 class TrainSection(Section):
@@ -260,6 +263,9 @@ class DataSection(Section):
 class CheckpointSection(Section):
     every: Positive = Field(1000, description="steps between checkpoints; the last step is saved")
     keep: Positive = Field(2, description="newest checkpoints that stay")
+    keep_every: Positive | None = Field(
+        None, description="checkpoints at multiples of these steps stay for good"
+    )
 
 
 class TrackingSection(Section):
@@ -270,6 +276,11 @@ class TrackingSection(Section):
     experiment: Text = Field("seer-scale", description="MLflow experiment")
     registered_name: Text | None = Field(None, description="MLflow registered model")
     log_models: bool = Field(True, description="log every kept checkpoint's trunk as a model")
+    checkpoints: Literal["none", "reference", "copy"] = Field(
+        "reference",
+        description="what of a checkpoint becomes an artifact, for --resume mlflow:RUN_ID: "
+        "nothing, its path, or all of its files",
+    )
     system_metrics: bool = Field(True, description="CPU, memory and GPU figures of rank 0's node")
 
 

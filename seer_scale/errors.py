@@ -11,6 +11,11 @@ import sys
 import time
 from typing import NoReturn
 
+# A run that a signal stopped has saved and wants to be started again with --resume auto
+# (EX_TEMPFAIL of sysexits.h); one that lost a rank wants the same, and has not saved.
+REQUEUE_STATUS = 75
+LOST_RANK_STATUS = 76
+
 
 class UserError(Exception):
     """A mistake outside the program; its message is the whole sentence the user sees."""

@@ -5,7 +5,7 @@ A step itself draws no random numbers (data are keyed by sample); an installed o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,17 +32,42 @@ def rank_state(objective: Objective, device: torch.device) -> dict[str, Tensor]:
 
 
 def load_rank_state(
-    state: Mapping[str, Tensor], objective: Objective, device: torch.device
-) -> None:
-    """Puts `rank_state` back."""
-    torch.set_rng_state(state["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in state:
-        torch.cuda.set_rng_state(state["rng.cuda"], device)
-    if hasattr(objective, "load_state_dict"):
-        objective.load_state_dict(
-            {
-                key.removeprefix(_OBJECTIVE): value.to(device)
-                for key, value in state.items()
-                if key.startswith(_OBJECTIVE)
-            }
-        )
+    states: Sequence[Mapping[str, Tensor]],
+    objective: Objective,
+    device: torch.device,
+    *,
+    rank: int,
+    world_size: int,
+) -> bool:
+    """Puts `rank_state` back, also on another number of ranks; whether all of it could be.
+
+    Args:
+        states: of every rank that saved, in rank order.
+        objective: whose state it is.
+        device: of this rank.
+        rank: this one.
+        world_size: ranks there are now. Where it differs from then, generators stay as
+            `seed_rank` left them, and an objective that cannot `reshard` starts afresh.
+    """
+    same = len(states) == world_size
+    if same:
+        torch.set_rng_state(states[rank]["rng.cpu"])
+        if device.type == "cuda" and "rng.cuda" in states[rank]:
+            torch.cuda.set_rng_state(states[rank]["rng.cuda"], device)
+    own = [
+        {
+            key.removeprefix(_OBJECTIVE): value.to(device)
+            for key, value in state.items()
+            if key.startswith(_OBJECTIVE)
+        }
+        for state in states
+    ]
+    if not hasattr(objective, "load_state_dict"):
+        return True
+    if same:
+        objective.load_state_dict(own[rank])
+    elif hasattr(objective, "reshard"):
+        objective.load_state_dict(objective.reshard(own, rank, world_size))
+    else:
+        return not any(own)
+    return True

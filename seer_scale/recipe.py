@@ -213,8 +213,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(recipes: Path) -> _Parser:
     parser = _Parser(
         prog=PROGRAM,
-        usage="%(prog)s --recipe NAME [--deepspeed_config FILE] [--resume auto|PATH] "
-        "[section.key=value ...]",
+        usage="%(prog)s --recipe NAME [--deepspeed_config FILE] "
+        "[--resume auto|PATH|mlflow:RUN_ID] [section.key=value ...]",
         description="Pretrain a RegNet without labels, under deepspeed, torchrun or python.",
         allow_abbrev=False,
     )
@@ -229,8 +229,9 @@ def _parser(recipes: Path) -> _Parser:
     parser.add_argument(
         "--resume",
         action=_Once,
-        metavar="auto|PATH",
-        help="continue from the newest checkpoint of run.dir, or from this one",
+        metavar="auto|PATH|mlflow:RUN_ID",
+        help="continue from the newest checkpoint of run.dir, from this one, or from the newest of "
+        "an MLflow run",
     )
     # Appended by the deepspeed launcher; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

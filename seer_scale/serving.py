@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
 from seer_scale.preprocessing import MEAN, STD
+from seer_scale.tensor_file import Kind, Stamp, stamp, sync, write_tensors
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"
@@ -52,26 +53,15 @@ def export_trunk(
     """
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     folder = Path(folder)
-    module = build_trunk(trunk, device="meta")
-    _check_state(state, module, trunk, "the model to export")
-    config = {
-        "format": FORMAT,
-        "trunk": trunk,
-        "width": module.width,
-        "mean": MEAN,
-        "std": STD,
-        **metadata,
-        "versions": _versions(),
-    }
     fresh = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-        fresh / WEIGHTS,
-        metadata={"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk},
+    write_trunk(
+        fresh,
+        {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()},
+        lambda name: state[name].detach().cpu().contiguous(),
+        trunk=trunk,
+        **metadata,
     )
-    (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -81,6 +71,52 @@ def export_trunk(
     else:
         os.replace(fresh, folder)
     return folder
+
+
+def write_trunk(
+    folder: Path,
+    kinds: Mapping[str, Kind],
+    read: Callable[[str], Tensor],
+    *,
+    trunk: str,
+    **metadata: Any,
+) -> dict[str, Stamp]:
+    """The two files of `export_trunk`, into a new folder, one tensor in memory at a time.
+
+    Args:
+        folder: made here.
+        kinds: dtype and shape of every tensor.
+        read: gives a tensor's values on the CPU.
+        trunk: key of `TRUNKS`.
+        metadata: JSON values for config.json.
+
+    Returns:
+        The files' lengths and checksums by name.
+
+    Raises:
+        CheckpointError: if the tensors are not those of `trunk`.
+        OSError: if the disk is full or does not write.
+    """
+    module = build_trunk(trunk, device="meta")
+    _check_state(
+        {name: kind.shape for name, kind in kinds.items()}, module, trunk, "the model to export"
+    )
+    config = {
+        "format": FORMAT,
+        "trunk": trunk,
+        "width": module.width,
+        "mean": MEAN,
+        "std": STD,
+        **metadata,
+        "versions": versions(),
+    }
+    folder.mkdir(parents=True)
+    named = {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk}
+    weights = write_tensors(folder / WEIGHTS, kinds, read, named)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    sync(folder / CONFIG)
+    sync(folder)
+    return {WEIGHTS: weights, CONFIG: stamp(folder / CONFIG)}
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -121,7 +157,8 @@ def load_trunk(folder: Path | str) -> nn.Module:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); export the trunk again") from None
     module = build_trunk(trunk, device="meta")
-    _check_state(state, module, trunk, str(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_state(shapes, module, trunk, str(path))
     module.load_state_dict(state, assign=True)
     return module.eval()
 
@@ -162,9 +199,10 @@ def _load_pyfunc(data_path: str) -> FeatureExtractor:
     return FeatureExtractor(load_trunk(data_path))
 
 
-def _check_state(state: Mapping[str, Tensor], module: nn.Module, trunk: str, source: str) -> None:
+def _check_state(
+    found: Mapping[str, tuple[int, ...]], module: nn.Module, trunk: str, source: str
+) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differences = [
         *(f"missing {name}" for name in expected.keys() - found.keys()),
         *(f"unexpected {name}" for name in found.keys() - expected.keys()),
@@ -182,12 +220,13 @@ def _check_state(state: Mapping[str, Tensor], module: nn.Module, trunk: str, sou
         )
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "seer_scale": __version__}
+def versions() -> dict[str, str]:
+    """Python, this package and those that a checkpoint depends on."""
+    found = {"python": platform.python_version(), "seer_scale": __version__}
     for package in ("torch", "torchvision", "safetensors", "numpy"):
         try:
             # Local build labels such as +cu126 exist on no package index.
-            versions[package] = version(package).split("+")[0]
+            found[package] = version(package).split("+")[0]
         except PackageNotFoundError:
             continue
-    return versions
+    return found

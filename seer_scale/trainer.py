@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import resource
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,7 +22,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from seer_scale import build, checkpoint, recipe
+from seer_scale import build, recipe
+from seer_scale.checkpoint import CheckpointReader, Outcome, Saver
 from seer_scale.config import RunConfig
 from seer_scale.data import BadSample, MicroBatch, Source
 from seer_scale.errors import CheckpointError, UserError
@@ -29,6 +32,7 @@ from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import PROTOTYPES, recompute_plan, shard
+from seer_scale.parallel.watchdog import Watchdog
 from seer_scale.progress import Progress
 from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
 from seer_scale.records import Records
@@ -38,6 +42,17 @@ COLLAPSE_WINDOW = 50  # steps that a verdict is averaged over
 SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
 RUN_ID_SECONDS = 30.0  # a tracking server that takes longer is waited for no more
 TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
+
+# What batch systems send before they take a job's machines away.
+REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stop(Enum):
+    """Why a run ended before its last step, if it did."""
+
+    NO = "the last step"
+    DONE = "somebody wants it to end"  # SIGINT
+    REQUEUE = "its machines are taken away, and it is to go on elsewhere"
 
 
 @dataclass
@@ -69,7 +84,7 @@ class Trainer:
         config: the resolved configuration.
         ds_config: resolved DeepSpeed configuration, for strategy `zero`.
         source: the opened training data.
-        resume: folder of a checkpoint to go on from, or None.
+        resume: the checkpoint to go on from, or None.
         device: of this rank.
     """
 
@@ -79,7 +94,7 @@ class Trainer:
         *,
         ds_config: dict[str, Any] | None,
         source: Source,
-        resume: Path | None,
+        resume: CheckpointReader | None,
         device: torch.device,
     ) -> None:
         self.config, self.device = config, device
@@ -88,7 +103,7 @@ class Trainer:
         self._stop_signal: int | None = None
         self._handlers = {
             signum: signal.signal(signum, self._on_signal)
-            for signum in (signal.SIGINT, signal.SIGTERM)
+            for signum in (signal.SIGINT, *REQUEUE_SIGNALS)
         }
         seed_rank(config.run.seed, distributed.rank())
         self.objective = build_objective(
@@ -96,7 +111,7 @@ class Trainer:
             crops=sum(config.data.crop_counts),
             options=config.objective.options,
         )
-        reader = checkpoint.CheckpointReader(resume) if resume else None
+        reader = resume
         if reader:
             reader.check(build.model_of(config, torch.device("meta")))
         self.state = TrainState.of(reader.manifest, reader.folder) if reader else TrainState()
@@ -116,29 +131,40 @@ class Trainer:
             saved_scale = reader.manifest.get("loss_scale")
             if self.engine.loss_scale and saved_scale:  # neither, if the precision was another
                 self.engine.loss_scale.load(saved_scale)
-            if reader.manifest["world_size"] == distributed.world_size():
-                load_rank_state(reader.local_state(), self.objective, device)
+            self._load_rank_state(reader)
+        self.saver = Saver(
+            self.run_dir / "checkpoints",
+            trunk=config.model.trunk,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
         self.batches = build.batches_of(config, source, self.state.samples_seen)
+        self.watchdog = Watchdog(60 * config.run.hang_minutes)
         self.records = self._open_records()
         self.progress = (
             Progress(config.train.steps, self.state.step) if distributed.is_main() else None
         )
         self._losses: list[float] = []  # since the last checkpoint
+        self._tags: dict[int, dict[str, Any]] = {}  # of checkpoints under way, by step
+        self._problem: str | None = None  # of the last checkpoint
+        self._unlogged: dict[str, float] = {}  # of checkpoints, for the next step's metrics
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         self._announce(reader.manifest.get("config", {}) if reader else None)
 
     # --------------------------------------------------------------------------- one step
 
-    def train_step(self) -> tuple[dict[str, float], bool]:
+    def train_step(self) -> tuple[dict[str, float], Stop]:
         """One optimizer step: its metrics, and whether some rank was asked to stop."""
         began = time.perf_counter()
         self._apply_schedules()
         sums: dict[str, Tensor] = {}
         micro_batches: list[MicroBatch] = []
         waited = 0.0
-        for _ in range(self.config.train.gradient_accumulation):
+        for micro in range(self.config.train.gradient_accumulation):
             asked = time.perf_counter()
+            self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
             batch = next(self.batches)
+            self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
             waited += time.perf_counter() - asked
             micro_batches.append(batch)
             crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
@@ -195,17 +221,18 @@ class Trainer:
 
     def _reduce(
         self, sums: Mapping[str, Tensor], micro_batches: list[MicroBatch]
-    ) -> tuple[dict[str, float], int, bool]:
+    ) -> tuple[dict[str, float], int, Stop]:
         """Means over ranks and micro-batches, bad images and the wish to stop; one all-reduce."""
         bad = sum(len(batch.bad) for batch in micro_batches)
         scale = 1 / (distributed.world_size() * self.config.train.gradient_accumulation)
-        own = [*sums.values(), *torch.tensor([float(bad), float(self._stop_signal is not None)])]
+        stop, requeue = self._stop_signal is not None, self._stop_signal in REQUEUE_SIGNALS
+        own = [*sums.values(), *torch.tensor([float(bad), float(stop), float(requeue)])]
         stacked = torch.stack([value.to(self.device) for value in own])
-        *means, total_bad, stop = distributed.all_reduce(stacked).tolist()
+        *means, total_bad, stops, requeues = distributed.all_reduce(stacked).tolist()
         return (
             {name: mean * scale for name, mean in zip(sums, means, strict=True)},
             int(total_bad),
-            stop > 0,
+            Stop.REQUEUE if requeues else Stop.DONE if stops else Stop.NO,
         )
 
     def _record_samples(self, micro_batches: list[MicroBatch], bad: int) -> None:
@@ -222,64 +249,103 @@ class Trainer:
 
     # --------------------------------------------------------------------------- the loop
 
-    def train(self) -> bool:
-        """Runs to the last step, or to a signal; saves as it goes. Returns whether it is done."""
+    def train(self) -> Stop:
+        """Runs to the last step, or to a signal; saves as it goes. Returns what stopped it.
+
+        Raises:
+            CheckpointError: at the end, if the last checkpoint could not be written.
+        """
         saved_step = self.state.step
-        stop = False
-        while self.state.step < self.config.train.steps and not stop:
+        stop = Stop.NO
+        self.watchdog.at(self.state.step, 0, "beginning")
+        while self.state.step < self.config.train.steps and stop is Stop.NO:
             metrics, stop = self.train_step()
-            self._log(metrics)
-            last = stop or self.state.step == self.config.train.steps
+            self._log({**metrics, **self._unlogged})
+            self._unlogged = {}
+            self._after_saves()
+            last = stop is not Stop.NO or self.state.step == self.config.train.steps
             if last or self.state.step % self.config.checkpoint.every == 0:
-                self.save()
+                self.save(urgent=last)
                 saved_step = self.state.step
-        if stop:
+        self.saver.wait()
+        self._after_saves()
+        if problem := distributed.broadcast_object(self._problem):
+            raise CheckpointError(
+                f"the last checkpoint, of step {saved_step}, was not written ({problem}): mend "
+                "that and go on with --resume auto, from the one before it"
+            )
+        if stop is not Stop.NO:
             self._say(
                 f"stopped by a signal after step {saved_step}, which is saved; go on with "
                 "--resume auto"
             )
-        return not stop
+        return stop
 
-    def save(self) -> None:
-        """Writes a checkpoint, and gives its trunk to the tracker as a model."""
+    def save(self, *, urgent: bool = False) -> None:
+        """Starts a checkpoint; how long that held up the training is in the next step's metrics."""
+        began = time.perf_counter()
+        self.watchdog.at(self.state.step + 1, -1, "saving")
         loss = sum(self._losses) / max(1, len(self._losses))
         best = loss < self.state.best_loss
         self.state.best_loss = min(loss, self.state.best_loss)
         self._losses = []
-        folder = checkpoint.save(
-            self.run_dir / "checkpoints",
+        self._tags[self.state.step] = {
+            "loss": f"{loss:.6g}",
+            "samples_seen": self.state.samples_seen,
+            "trunk": self.config.model.trunk,
+            "objective": self.config.objective.name,
+            "strategy": self.config.sharding.strategy,
+            "best": best,
+        }
+        self.saver.save(
             step=self.state.step,
             slices=self.engine.slices(),
             writes_slices=self.engine.writes_slices,
             model=self.engine.model,
             local_state=rank_state(self.objective, self.device),
-            trunk=self.config.model.trunk,
             manifest={
                 "state": asdict(self.state),
                 "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state(),
                 "config": build.public(self.config).model_dump(mode="json"),
             },
-            keep=self.config.checkpoint.keep,
+            urgent=urgent,
         )
+        self._unlogged["checkpoint_stall"] = time.perf_counter() - began
+
+    def _after_saves(self) -> None:
+        """Rank 0: what follows from saves that have ended."""
+        for outcome in self.saver.outcomes():
+            tags, self._problem = self._tags.pop(outcome.step), outcome.problem
+            if outcome.problem is None:
+                self._unlogged["checkpoint_seconds"] = outcome.seconds
+                self._announce_checkpoint(outcome, tags)
+            else:
+                self._say(
+                    f"warning: the checkpoint of step {outcome.step} was not written "
+                    f"({outcome.problem}); the training goes on, older checkpoints stay"
+                )
+
+    def _announce_checkpoint(self, saved: Outcome, tags: dict[str, Any]) -> None:
+        """Gives a checkpoint to the tracker, and its trunk as a model."""
+        best = tags.pop("best")
         if self.records:
             self.records.draw_curve()
+        how = self.config.tracking.checkpoints
+        self.tracker.log_checkpoint(saved.folder, step=saved.step, how=how)
         if self.config.tracking.log_models:
             self.tracker.log_model(
-                folder / "trunk",
-                step=self.state.step,
-                tags={
-                    "loss": f"{loss:.6g}",
-                    "samples_seen": self.state.samples_seen,
-                    "trunk": self.config.model.trunk,
-                    "objective": self.config.objective.name,
-                    "strategy": self.config.sharding.strategy,
-                },
+                saved.folder / "trunk",
+                step=saved.step,
+                tags=tags,
                 aliases=["best"] if best else [],
             )
 
     def close(self, status: str) -> None:
         """Ends workers, files and tracking; `status` is FINISHED, KILLED or FAILED."""
+        self.watchdog.close()
         self.batches.close()
+        self.saver.close()
+        self._after_saves()
         if self.progress:
             self.progress.close()
         if self.records:
@@ -322,6 +388,22 @@ class Trainer:
             self.progress.say(text)
 
     # --------------------------------------------------------------------------- building
+
+    def _load_rank_state(self, reader: CheckpointReader) -> None:
+        whole = load_rank_state(
+            reader.local_states(),
+            self.objective,
+            self.device,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        if not whole and distributed.is_main():
+            print(
+                f"objective.name={self.config.objective.name} cannot take over its state from "
+                f"{reader.manifest['world_size']} ranks to {distributed.world_size()}: it starts "
+                "afresh",
+                file=sys.stderr,
+            )
 
     def _open_records(self) -> Records | None:
         if not distributed.is_main():

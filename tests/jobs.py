@@ -50,6 +50,9 @@ def run_job(argv: list[str]) -> int:
         ds_config = resolve_ds_config(
             load_ds_config(path), path=path, config=config, world_size=distributed.world_size()
         )
+    candidates = checkpoint.choose(parsed.resume, Path(config.run.dir))
+    device = distributed.init()
+
     check_sharding(
         config,
         ds_config,
@@ -61,8 +64,8 @@ def run_job(argv: list[str]) -> int:
         config,
         ds_config=ds_config,
         source=open_source(config.data.path),
-        resume=checkpoint.choose(parsed.resume, Path(config.run.dir)),
-        device=distributed.init(),
+        resume=checkpoint.first_whole(candidates, print),
+        device=device,
     )
     try:
         trainer.train()

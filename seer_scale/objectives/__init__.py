@@ -21,7 +21,9 @@ It may also have
 
 - `queue`: a tensor [R, D] of further embeddings to be scored, or None. Their scores are then the
   last R rows of `scores`.
-- `state_dict() -> dict[str, Tensor]` and `load_state_dict(state)`, per rank, for checkpoints.
+- `state_dict() -> dict[str, Tensor]` and `load_state_dict(state)`, per rank, for checkpoints; and
+  `reshard(states, rank, world_size)`, which makes one rank's state out of those that another
+  number of ranks saved. Without it, such a run goes on with a state as at the start.
 
 An installed package offers an objective, as NAME for `objective.name`, by an entry point:
 

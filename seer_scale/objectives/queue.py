@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class EmbeddingQueue:
         self.length = length
         self.start = start
         self._pushes = 0
+        self._batch = 0  # rows of a push
         self._kept: Tensor | None = None  # [assign_crops, <= length, D], newest first
 
     @property
@@ -37,10 +38,14 @@ class EmbeddingQueue:
             newest = torch.cat([newest, self._kept], dim=1)
         self._kept = newest[:, : self.length].clone()
         self._pushes += 1
+        self._batch = embeddings.shape[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's embeddings and the number of pushes, as tensors."""
-        state = {"queue_pushes": torch.tensor(self._pushes)}
+        """This rank's embeddings, the number of pushes and the rows of one, as tensors."""
+        state = {
+            "queue_pushes": torch.tensor(self._pushes),
+            "queue_batch": torch.tensor(self._batch),
+        }
         if self._kept is not None:
             state["queue"] = self._kept
         return state
@@ -50,6 +55,32 @@ class EmbeddingQueue:
 
         A longer queue than this one is cut to its newest embeddings, a shorter one fills up.
         """
-        self._pushes = int(state["queue_pushes"])
+        self._pushes, self._batch = int(state["queue_pushes"]), int(state["queue_batch"])
         kept = state.get("queue")
         self._kept = None if kept is None else kept[:, : self.length].clone()
+
+
+def reshard_queue(
+    states: Sequence[Mapping[str, Tensor]], rank: int, world_size: int
+) -> dict[str, Tensor]:
+    """What rank `rank` of `world_size` would hold of the queues that other ranks saved.
+
+    The queues together are one, ordered by push, newest first, and within a push by rank: the
+    order of the samples. Every `world_size`-th of its rows goes to a rank, so that each push is
+    spread over all ranks and leaves the queue everywhere at the same time.
+
+    Args:
+        states: `EmbeddingQueue.state_dict` of every rank that saved, in rank order.
+        rank: of the one that loads.
+        world_size: ranks that load.
+    """
+    state = dict(states[0])
+    batch = int(state["queue_batch"])
+    state["queue_batch"] = torch.tensor(max(1, batch * len(states) // world_size))
+    if batch and all("queue" in other for other in states):
+        by_rank = [torch.split(other["queue"], batch, dim=1) for other in states]
+        pushes = [part for push in zip(*by_rank, strict=True) for part in push]
+        whole = torch.cat(pushes, dim=1)  # [assign_crops, all rows, D]
+        rows = whole.shape[1] // world_size  # as many on every rank
+        state["queue"] = whole[:, rank::world_size][:, :rows].contiguous()
+    return state

@@ -7,7 +7,7 @@ over: that is one micro-batch of all ranks, plus the queue if there is one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from seer_scale.objectives.collapse import embedding_std, usage_entropy
-from seer_scale.objectives.queue import EmbeddingQueue
+from seer_scale.objectives.queue import EmbeddingQueue, reshard_queue
 from seer_scale.objectives.sinkhorn import SMALLEST_EPSILON, sinkhorn_knopp
 from seer_scale.parallel.distributed import world_size
 
@@ -151,6 +151,12 @@ class SwAV:
     def state_dict(self) -> dict[str, Tensor]:
         """The queue of this rank; every rank's is different."""
         return {} if self._queue is None else self._queue.state_dict()
+
+    def reshard(
+        self, states: Sequence[Mapping[str, Tensor]], rank: int, world_size: int
+    ) -> dict[str, Tensor]:
+        """The state of one rank out of those that another number of ranks saved."""
+        return reshard_queue(states, rank, world_size) if states[0] else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues with a queue from `state_dict`; without one in it the queue starts empty."""

@@ -20,6 +20,7 @@ from seer_scale.tracking.spool import (
     SETTINGS,
     SPOOL,
     Event,
+    checkpoint_outbox,
     model_outbox,
     read_events,
     read_json,
@@ -146,6 +147,15 @@ class Delivery:
                     tags=fields["tags"],
                     aliases=fields["aliases"],
                 )
+            case "checkpoint":
+                outbox = checkpoint_outbox(self.folder, fields["step"])
+                if fields["how"] == "copy":
+                    self.run.log_artifact(
+                        outbox if outbox.is_dir() else self._path(fields["path"]),
+                        f"checkpoints/step_{fields['step']:08d}",
+                    )
+                else:
+                    self.run.log_reference(fields["path"], fields["step"])
             case "finish":
                 self.run.finish(fields["status"], fields["time"])
             case kind:
@@ -186,6 +196,9 @@ class Delivery:
         if events[0].kind == "model":
             outbox = model_outbox(self.folder, events[0].fields["step"])
             shutil.rmtree(outbox.parent, ignore_errors=True)
+        if events[0].kind == "checkpoint":
+            outbox = checkpoint_outbox(self.folder, events[0].fields["step"])
+            shutil.rmtree(outbox, ignore_errors=True)
 
     def _mark_as_failing(self, reason: str) -> None:
         """Tells the training process, so that it does not wait for this server."""

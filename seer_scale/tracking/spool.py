@@ -46,6 +46,11 @@ def model_outbox(folder: Path, step: int) -> Path:
     return folder / "models" / f"step_{step:08d}" / "trunk"
 
 
+def checkpoint_outbox(folder: Path, step: int) -> Path:
+    """Where `<run_dir>/tracking` keeps the copied checkpoint of `step` until it is sent."""
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
 def read_events(spool: Path, offset: int) -> Iterator[Event]:
     """The whole lines from byte `offset` on; a line still being written is left for later."""
     if not spool.exists():
@@ -152,6 +157,21 @@ class Tracker:
             warnings.warn(f"{folder} may be gone before it is sent: {error}", stacklevel=2)
         self._append("model", path=path, step=step, tags=tags, aliases=list(aliases), time=time_ms)
 
+    def log_checkpoint(self, folder: Path | str, *, step: int, how: str) -> None:
+        """A whole checkpoint: its path (`reference`), its files (`copy`) or nothing (`none`).
+
+        A copy is made of the files' links, so the checkpoint may be pruned before its turn comes.
+        """
+        if how == "none":
+            return
+        path, outbox = Path(folder).resolve(), checkpoint_outbox(self.folder, step)
+        if how == "copy":
+            try:
+                shutil.copytree(path, outbox, copy_function=_link, dirs_exist_ok=True)
+            except OSError as error:
+                warnings.warn(f"{folder} may be gone before it is sent: {error}", stacklevel=2)
+        self._append("checkpoint", path=str(path), step=step, how=how)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags of the run; a later value replaces an earlier one."""
         self._append("tags", tags={key: redact(str(value)) for key, value in tags.items()})
@@ -240,6 +260,9 @@ class NullTracker:
         tags: Mapping[str, Any] | None = None,
         aliases: Sequence[str] = (),
     ) -> None:
+        """Does nothing."""
+
+    def log_checkpoint(self, folder: Path | str, *, step: int, how: str) -> None:
         """Does nothing."""
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:

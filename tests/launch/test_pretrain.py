@@ -129,10 +129,15 @@ def test_plain_python_runs_zero_alone(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("signum", "status"),
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_resuming_goes_on(
-    images: Path, tmp_path: Path, signum: signal.Signals
+    images: Path, tmp_path: Path, signum: signal.Signals, status: int
 ) -> None:
     run_dir = tmp_path / "run"
     argv = arguments(images, run_dir, "train.steps=4000", "checkpoint.every=5000")
@@ -146,7 +151,7 @@ def test_a_signal_saves_and_resuming_goes_on(
             time.sleep(0.2)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == status, errors
     assert "--resume auto" in errors
     (saved,) = list_checkpoints(run_dir / "checkpoints")
     step = int(saved.name.removeprefix("step_"))

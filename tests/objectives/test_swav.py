@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seer_scale.objectives import SwAV
+from seer_scale.objectives.queue import EmbeddingQueue, reshard_queue
 from tests.objectives.oracles import Toy, cosines, crop_major, slow_swav
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
@@ -246,3 +247,43 @@ def test_refuses_scores_without_those_of_a_full_queue():
     objective(cosines(4, 3), cosines(4, 5))
     with pytest.raises(ValueError, match="must have 4 rows for the crops and 4 for the queue"):
         objective(cosines(4, 3), cosines(4, 5))
+
+
+def queues(world_size: int, batch: int, pushes: int, length: int) -> list[EmbeddingQueue]:
+    """Every rank's queue after `pushes` global batches; each embedding is its sample's number."""
+    ranks = [EmbeddingQueue(length // world_size, 0) for _ in range(world_size)]
+    for push in range(pushes):
+        first = push * batch * world_size
+        for rank, queue in enumerate(ranks):
+            numbers = torch.arange(first + rank * batch, first + (rank + 1) * batch)
+            queue.push(torch.stack([numbers, -numbers])[:, :, None].float())
+    return ranks
+
+
+def numbers_of(all_queues: list[EmbeddingQueue]) -> list[int]:
+    """Samples in all queues; those of both assign crops go together."""
+    kept = [queue.state_dict()["queue"][:, :, 0] for queue in all_queues]
+    assert all(torch.equal(rows[0], -rows[1]) for rows in kept)
+    assert len({rows.shape for rows in kept}) == 1
+    return sorted(int(number) for rows in kept for number in rows[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2), (4, 1), (1, 4)])
+@pytest.mark.parametrize("pushes", [1, 2, 5])
+def test_queues_of_another_number_of_ranks_hold_the_same_samples(
+    before: int, after: int, pushes: int
+) -> None:
+    batch, length = 8, 24
+    states = [queue.state_dict() for queue in queues(before, batch // before, pushes, length)]
+    expected = queues(after, batch // after, pushes, length)
+    actual = [EmbeddingQueue(length // after, 0) for _ in range(after)]
+    for rank, queue in enumerate(actual):
+        queue.load_state_dict(reshard_queue(states, rank, after))
+    assert numbers_of(actual) == numbers_of(expected)
+    for more in (0, 1):  # and they lose the same ones
+        for rank in range(after):
+            first = (pushes + more) * batch + rank * batch // after
+            numbers = torch.arange(first, first + batch // after).float()
+            for queue in (actual[rank], expected[rank]):
+                queue.push(torch.stack([numbers, -numbers])[:, :, None])
+        assert numbers_of(actual) == numbers_of(expected)

@@ -19,11 +19,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from seer_scale.checkpoint import CheckpointReader, checkpoint_folder, find, list_checkpoints, save
+from seer_scale.checkpoint.manifest import write_manifest
 from seer_scale.errors import CheckpointError
 from seer_scale.models import build_model, initialise
 from seer_scale.parallel import distributed as ranks
 from seer_scale.serving import load_trunk
 from seer_scale.slices import Slice, fill
+from seer_scale.tensor_file import Stamp
 
 Distributed = Callable[..., list[Any]]
 TRUNK = "regnety_debug"
@@ -240,27 +242,27 @@ def test_what_was_just_saved_stays_whatever_later_steps_an_earlier_attempt_left(
     # Resumed from step 5 by its path: steps 15 and 20 are another future.
     folder = write(tmp_path, 10, model=model, keep=2)
     assert folder.is_dir()
-    assert find("auto", tmp_path) == folder
+    assert find("auto", tmp_path)[0] == folder
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-import seer_scale.checkpoint as checkpoint, seer_scale.serving as serving
-from tests.test_checkpoint import trained, write
+import seer_scale.checkpoint.saving as saving, seer_scale.serving as serving
+from tests.checkpoint.test_checkpoint import trained, write
 
-root, module = Path(sys.argv[1]), {"slices": checkpoint, "trunk": serving}[sys.argv[2]]
+root, module = Path(sys.argv[1]), {"slices": saving, "trunk": serving}[sys.argv[2]]
 write(root, 1, model=trained(seed=1))
-original = module.save_file
+original = module.write_tensors
 
-def slow(tensors, path, metadata=None):
-    original(tensors, path, metadata=metadata)
+def slow(path, *args):
+    original(path, *args)
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
     print("half", flush=True)
     time.sleep(600)
 
-module.save_file = slow
+module.write_tensors = slow
 write(root, 2, model=trained(seed=2))
 """
 
@@ -274,7 +276,7 @@ def test_a_save_killed_in_the_middle_leaves_the_previous_checkpoint(
         [sys.executable, "-c", KILLED, str(root), moment],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None
     with process:
@@ -286,7 +288,7 @@ def test_a_save_killed_in_the_middle_leaves_the_previous_checkpoint(
 
     assert list_checkpoints(root) == [checkpoint_folder(root, 1)]
     for resume in ("auto", str(root), str(tmp_path)):
-        assert find(resume, root) == checkpoint_folder(root, 1)
+        assert find(resume, root) == [checkpoint_folder(root, 1)]
     restored = build()
     fill(restored, CheckpointReader(checkpoint_folder(root, 1)).values(restored))
     previous = trained(seed=1).state_dict()
@@ -320,18 +322,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resume_means(run_dir: Path, given: str, step: int) -> None:
     root = run_dir / "checkpoints"
     resume = given if given == "auto" else str(run_dir / given)
-    assert find(resume, root) == checkpoint_folder(root, step)
+    assert find(resume, root)[0] == checkpoint_folder(root, step)
 
 
 def test_a_checkpoint_may_be_renamed(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir / "checkpoints" / "step_00000009", tmp_path / "best")
-    assert find(str(tmp_path / "best"), tmp_path / "nowhere") == tmp_path / "best"
+    assert find(str(tmp_path / "best"), tmp_path / "nowhere") == [tmp_path / "best"]
     CheckpointReader(tmp_path / "best")
 
 
 def test_auto_without_a_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
-    assert find("auto", tmp_path / "missing") is None
-    assert find("auto", tmp_path) is None
+    assert find("auto", tmp_path / "missing") == []
+    assert find("auto", tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "partial"])
@@ -357,6 +359,14 @@ def edit(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in manifest.items() if v is not ...}))
+
+
+def sign(folder: Path, **changes: Any) -> None:
+    """As `edit`, by somebody who knows how the manifest is signed."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    manifest = {k: v for k, v in manifest.items() if v is not ... and k != "checksum"}
+    stamps = {name: Stamp(**fields) for name, fields in manifest.pop("files", {}).items()}
+    write_manifest(folder, manifest, stamps)
 
 
 def empty(folder: Path) -> None:
@@ -393,14 +403,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "manifest.json is damaged",
     ),
     "a list as manifest": (lambda f: (f / "manifest.json").write_text("[]"), "is damaged"),
-    "a manifest without files": (lambda f: edit(f, files=...), "is damaged.*files"),
-    "a world size in words": (lambda f: edit(f, world_size="two"), "is damaged.*two"),
-    "more ranks": (lambda f: edit(f, world_size=3), "rank_00001.safetensors is missing"),
+    "an edited manifest": (lambda f: edit(f, step=12), "damaged .*not have the checksum"),
+    "a manifest without files": (lambda f: sign(f, files=...), "it has no rank_00000"),
+    "a world size in words": (lambda f: sign(f, world_size="two"), "is damaged.*two"),
+    "more ranks": (lambda f: sign(f, world_size=3), "it has no rank_00001.safetensors"),
+    "another step": (lambda f: sign(f, step=8), "holds step 8 under the name of another"),
     "other sizes": (
-        lambda f: edit(f, files={"rank_00000.safetensors": 12}),
+        lambda f: sign(f, files={"rank_00000.safetensors": {"bytes": 12, "sha256": ""}}),
         r"rank_00000.safetensors is \d+ bytes long instead of 12",
     ),
-    "a newer format": (lambda f: edit(f, format=2), "format 2 .* reads up to 1: update seer_scale"),
+    "a newer format": (lambda f: edit(f, format=3), "format 3 .* reads up to 2: update seer_scale"),
+    "an older format": (lambda f: edit(f, format=1), "format 1, which has no checksums"),
 }
 
 
@@ -417,7 +430,7 @@ def test_each_damage_is_one_sentence(run_dir: Path, tmp_path: Path, damage: str)
     assert "\n" not in sentence
     # found by name as well: what is wrong with it is said by the reader, not hidden
     if folder.exists():
-        assert find(str(folder), tmp_path) == folder
+        assert find(str(folder), tmp_path) == [folder]
 
 
 @pytest.mark.parametrize(

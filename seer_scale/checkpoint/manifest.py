@@ -1,0 +1,134 @@
+"""Where checkpoints stand, and the small JSON file that says what one holds.
+
+The manifest names every file with its length and SHA-256, and carries a checksum of itself: what
+was not written as it stands there is found before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seer_scale.errors import CheckpointError
+from seer_scale.tensor_file import Stamp, sync
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step_(\d{8})")
+_LARGEST = 64 << 20  # bytes; what is larger is no manifest
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint that is whole as far as this version can tell, and that it does not read."""
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands or will stand."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a folder's name says; None for any other name."""
+    found = FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Whole checkpoints under `root`, oldest first; a save that was killed is not among them."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if step_of(path) is not None)
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """The tensors that rank `rank` wrote."""
+    return folder / f"rank_{rank:05d}.safetensors"
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str, Stamp]) -> None:
+    """Writes the manifest, the last file of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        content: JSON values; step and world_size among them.
+        files: length and checksum of every other file, by its path within the folder.
+    """
+    whole = {"format": FORMAT, **content, "files": {k: s._asdict() for k, s in files.items()}}
+    # What JSON makes of it is what is signed: tuples are lists by then.
+    whole = json.loads(json.dumps(whole))
+    text = json.dumps({**whole, "checksum": _checksum(whole)}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text)
+    sync(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, with `files` as stamps; the files are all there, in length.
+
+    Raises:
+        OtherFormatError: if it is of another format.
+        CheckpointError: if it is missing or damaged, if the folder was given
+            another step's name, or if a file is missing or has another length.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError("too large")
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        form = int(manifest["format"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{folder} is no whole checkpoint: it has no {MANIFEST}; resume from another one"
+        ) from None
+    # RecursionError: of a damaged file of brackets.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
+    if form > FORMAT:
+        raise OtherFormatError(
+            f"{folder} has format {form} and this version reads up to {FORMAT}: update seer_scale"
+        )
+    if form < FORMAT:
+        raise OtherFormatError(
+            f"{folder} has format {form}, which has no checksums; this version reads {FORMAT} only"
+        )
+    try:
+        written = manifest.pop("checksum")
+        if written != _checksum(manifest):
+            raise ValueError("its contents do not have the checksum that it states")
+        step, world_size = int(manifest["step"]), int(manifest["world_size"])
+        files = {str(name): Stamp(**fields) for name, fields in manifest["files"].items()}
+        missing = [r for r in range(world_size) if rank_file(folder, r).name not in files]
+        if missing:
+            raise ValueError(f"it has no {rank_file(folder, missing[0]).name}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
+    if step_of(folder) not in (None, step):
+        raise CheckpointError(
+            f"{folder} holds step {step} under the name of another: rename it to "
+            f"{checkpoint_folder(folder.parent, step).name}"
+        )
+    for name, expected in files.items():
+        file = folder / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != expected.bytes:
+            state = (
+                "missing" if actual is None else f"{actual} bytes long instead of {expected.bytes}"
+            )
+            raise CheckpointError(
+                f"{folder} is half written or damaged: {name} is {state}; resume from "
+                "another checkpoint"
+            )
+    return {**manifest, "files": files}
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

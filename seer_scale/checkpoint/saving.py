@@ -1,0 +1,369 @@
+"""Saving while training goes on: a copy in host memory, written by a thread of every rank.
+
+The stall of a save is the copy. Ranks then meet in the checkpoint's folder, not in a collective,
+which would race with those of the training: each leaves a report beside its file, and rank 0 waits
+for all of them, adds the trunk and the manifest and gives the folder its name. So a checkpoint is
+there whole or not at all, and a rank that dies once its file is written costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seer_scale.checkpoint.manifest import (
+    checkpoint_folder,
+    list_checkpoints,
+    one_line,
+    rank_file,
+    write_manifest,
+)
+from seer_scale.checkpoint.reader import CheckpointReader, lazily
+from seer_scale.checkpoint.retention import expired
+from seer_scale.errors import CheckpointError
+from seer_scale.parallel import distributed
+from seer_scale.parallel.batchnorm import average_running_statistics
+from seer_scale.serving import versions, write_trunk
+from seer_scale.slices import Slice
+from seer_scale.tensor_file import Kind, Stamp, sync, write_tensors
+
+PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
+SPARE_BYTES = 64 << 20  # that a checkpoint leaves free on the disk
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: `problem` is None once the checkpoint is whole."""
+
+    step: int
+    folder: Path
+    problem: str | None
+    seconds: float  # from the call of `save` to the end of the writing
+
+
+class Saver:
+    """Writes the checkpoints of one run; every rank has one and calls the same verbs.
+
+    Args:
+        root: folder of the run's checkpoints, on a file system that all ranks see.
+        trunk: name of the trunk, exported beside the slices into `trunk/`.
+        keep: how many checkpoints stay.
+        keep_every: checkpoints of these steps' multiples stay for good.
+    """
+
+    def __init__(self, root: Path, *, trunk: str, keep: int, keep_every: int | None = None) -> None:
+        self.root, self.trunk = root, trunk
+        self.keep, self.keep_every = keep, keep_every
+        if distributed.is_main():
+            for stale in root.glob(".step_*"):  # of saves and deletions that were killed
+                shutil.rmtree(stale, ignore_errors=True)
+        # Of this attempt: what a rank of an earlier one may still be writing is not mixed in.
+        self._attempt: str = distributed.broadcast_object(secrets.token_hex(4))
+        self._host: dict[str, Tensor] = {}  # reused by every save
+        self._thread: threading.Thread | None = None
+        self._patience = PATIENCE_S
+        self._outcomes: deque[Outcome] = deque()  # rank 0's; its thread appends
+
+    def save(
+        self,
+        *,
+        step: int,
+        slices: Iterable[Slice],
+        writes_slices: bool,
+        model: nn.Module,
+        local_state: Mapping[str, Tensor],
+        manifest: Mapping[str, Any],
+        urgent: bool = False,
+    ) -> None:
+        """Copies the state and starts writing it; waits first for a save that is not done yet.
+
+        A save that cannot be written is an outcome, no exception: the training goes on.
+
+        Args:
+            step: steps done.
+            slices: this rank's master weights and momenta.
+            writes_slices: False on ranks whose slices are copies of another rank's.
+            model: for its buffers; running statistics are averaged over the ranks first.
+            local_state: tensors that each rank has its own of, such as the objective's queue.
+            manifest: JSON values describing the run; what resuming compares.
+            urgent: nothing else is to be done meanwhile, so the writing need not give way.
+        """
+        began = time.monotonic()
+        self._join()
+        average_running_statistics(model)
+        placement = self._copy(slices if writes_slices else (), model, local_state)
+        partial = self.root / f".step_{step:08d}.{self._attempt}.partial"
+        if not self._begin(partial, step, began):
+            return
+        job = Job(partial, step, self.trunk, manifest, placement, began, urgent)
+        # A daemon: a process that fails elsewhere does not wait for ranks that are gone.
+        self._thread = threading.Thread(
+            target=self._run, args=(job,), name=f"checkpoint of step {step}", daemon=True
+        )
+        self._thread.start()
+
+    def outcomes(self) -> list[Outcome]:
+        """On rank 0, the saves that have ended since the last call; elsewhere none."""
+        return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
+
+    def wait(self) -> None:
+        """Waits on every rank until the last save has ended."""
+        self._join()
+        distributed.barrier()
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Gives a save that is under way `seconds` to end; no collective, for failing runs too."""
+        self._patience = min(self._patience, seconds)
+        if self._thread is not None:
+            self._thread.join(seconds)
+        self._host.clear()
+
+    # --------------------------------------------------------------------------- before writing
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    @torch.no_grad()
+    def _copy(
+        self, slices: Iterable[Slice], model: nn.Module, local_state: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Copies all to host memory; where each slice lies in its tensor."""
+        placement: dict[str, Any] = {}
+        tensors: set[str] = set()
+
+        def copy(key: str, source: Tensor) -> None:
+            target = self._host.get(key)
+            if target is None or target.shape != source.shape or target.dtype != source.dtype:
+                target = torch.empty(
+                    source.shape, dtype=source.dtype, pin_memory=source.device.type == "cuda"
+                )
+            self._host[key] = target
+            target.copy_(source.detach(), non_blocking=True)
+            tensors.add(key)
+
+        for part in slices:  # one at a time: what is offloaded to disk is there only meanwhile
+            copy(f"weight/{part.name}", part.values)
+            copy(f"momentum/{part.name}", part.momentum)
+            placement[part.name] = {"shape": list(part.shape), "offset": part.offset}
+        if distributed.is_main():
+            for name, buffer in model.named_buffers():
+                copy(f"weight/{name}", buffer.reshape(-1))
+                placement[name] = {"shape": list(buffer.shape), "offset": 0}
+        for name, tensor in local_state.items():
+            copy(f"local/{name}", tensor)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for key in self._host.keys() - tensors:  # e.g. of a queue that is no longer there
+            del self._host[key]
+        return placement
+
+    def _begin(self, partial: Path, step: int, began: float) -> bool:
+        """Makes the folder if there is room for the checkpoint; the same answer on every rank."""
+        mine = sum(tensor.nbytes for tensor in self._host.values())
+        trunk = sum(
+            tensor.nbytes for key, tensor in self._host.items() if key.startswith("weight/trunk.")
+        )
+        needed = sum(distributed.gather_lists([mine + trunk]))
+        problem = _make_room(partial, needed) if distributed.is_main() else None
+        problem = distributed.broadcast_object(problem)
+        if problem and distributed.is_main():
+            self._end(step, problem, began)
+        return problem is None
+
+    # --------------------------------------------------------------------------- in the thread
+
+    def _run(self, job: Job) -> None:
+        if not job.urgent:
+            # Of this thread alone, on Linux: the training's threads come first.
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        _write_rank(job, self._host)
+        if not distributed.is_main():
+            return
+        problem = None
+        try:
+            self._finish(job, self._reports(job.partial))
+        # Whatever it is, the training goes on with the checkpoint before.
+        except Exception as error:
+            problem = one_line(error)
+            shutil.rmtree(job.partial, ignore_errors=True)
+        self._end(job.step, problem, job.began)
+
+    def _reports(self, partial: Path) -> dict[str, Stamp]:
+        """The files of all ranks, once each has said that its own is written.
+
+        Raises:
+            CheckpointError: if a rank could not write, or says nothing for too long.
+        """
+        files: dict[str, Stamp] = {}
+        began = time.monotonic()
+        for rank in range(distributed.world_size()):
+            path = _report(partial, rank)
+            while not path.exists():
+                if time.monotonic() - began > self._patience:
+                    raise CheckpointError(
+                        f"rank {rank} has not written its part in {self._patience:g} s"
+                    )
+                time.sleep(_POLL_S)
+            report = json.loads(path.read_text())
+            if "problem" in report:
+                raise CheckpointError(f"rank {rank} could not write its part: {report['problem']}")
+            files[rank_file(partial, rank).name] = Stamp(**report)
+        for rank in range(distributed.world_size()):
+            _report(partial, rank).unlink()
+        return files
+
+    def _finish(self, job: Job, files: dict[str, Stamp]) -> None:
+        content = {
+            "step": job.step,
+            "world_size": distributed.world_size(),
+            "trunk": job.trunk,
+            "versions": versions(),
+            **job.manifest,
+        }
+        # From the files just written: they are whole under every strategy, the model need not be.
+        kinds, read = lazily(CheckpointReader(job.partial, content), "trunk.")
+        trunk = write_trunk(job.partial / "trunk", kinds, read, trunk=job.trunk, step=job.step)
+        files |= {f"trunk/{name}": written for name, written in trunk.items()}
+        write_manifest(job.partial, content, files)
+        publish(job.partial, checkpoint_folder(self.root, job.step))
+        self._prune(checkpoint_folder(self.root, job.step))
+
+    def _prune(self, folder: Path) -> None:
+        saved = list_checkpoints(self.root)
+        here = saved.index(folder)
+        for later in saved[here + 1 :]:  # of an attempt that was resumed from before them
+            set_aside(later)
+        for old in expired(saved[: here + 1], keep=self.keep, keep_every=self.keep_every):
+            delete(old)
+
+    def _end(self, step: int, problem: str | None, began: float) -> None:
+        folder = checkpoint_folder(self.root, step)
+        self._outcomes.append(Outcome(step, folder, problem, time.monotonic() - began))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint on its way to the disk."""
+
+    partial: Path
+    step: int
+    trunk: str
+    manifest: Mapping[str, Any]
+    placement: Mapping[str, Any]
+    began: float
+    urgent: bool
+
+
+def save(
+    root: Path,
+    *,
+    step: int,
+    slices: Iterable[Slice],
+    writes_slices: bool,
+    model: nn.Module,
+    local_state: Mapping[str, Tensor],
+    trunk: str,
+    manifest: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes one checkpoint and waits for it; the arguments are those of `Saver`.
+
+    Raises:
+        CheckpointError: on rank 0, if it could not be written.
+    """
+    saver = Saver(root, trunk=trunk, keep=keep)
+    saver.save(
+        step=step,
+        slices=slices,
+        writes_slices=writes_slices,
+        model=model,
+        local_state=local_state,
+        manifest=manifest,
+        urgent=True,
+    )
+    saver.wait()
+    for outcome in saver.outcomes():
+        if outcome.problem:
+            raise CheckpointError(f"{outcome.folder} was not written: {outcome.problem}")
+    return checkpoint_folder(root, step)
+
+
+def _make_room(partial: Path, needed: int) -> str | None:
+    """Makes the folder of a save; what is in the way, if something is."""
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        return one_line(error)
+    if free < needed + SPARE_BYTES:
+        shutil.rmtree(partial, ignore_errors=True)
+        return (
+            f"it needs {needed / 2**30:.2f} GiB and {partial.parent} has {free / 2**30:.2f} GiB "
+            "free: delete something, or lower checkpoint.keep"
+        )
+    return None
+
+
+def _report(folder: Path, rank: int) -> Path:
+    return folder / f".rank_{rank:05d}.json"
+
+
+def _write_rank(job: Job, host: Mapping[str, Tensor]) -> None:
+    rank = distributed.rank()
+    path = rank_file(job.partial, rank)
+    try:
+        written = write_tensors(
+            path,
+            {key: Kind(tensor.dtype, tuple(tensor.shape)) for key, tensor in host.items()},
+            lambda key: host[key],
+            {"placement": json.dumps(job.placement)},
+        )
+        report: dict[str, Any] = written._asdict()
+    except Exception as error:
+        # Room for the report, on a disk that is full.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        report = {"problem": one_line(error)}
+    fresh = job.partial / f".rank_{rank:05d}.writing"
+    # Where even this cannot be written rank 0 runs out of patience.
+    with suppress(OSError):
+        fresh.write_text(json.dumps(report))
+        fresh.rename(_report(job.partial, rank))
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Gives a checkpoint that is whole its name, in one step and on the disk."""
+    sync(partial)
+    if folder.exists():
+        set_aside(folder)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a checkpoint that a resumed run overtakes: out of the way, not lost."""
+    aside = folder.with_name(f"superseded_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint; a kill in mid-deletion does not leave half of one by its name."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleting")))

@@ -1,0 +1,196 @@
+"""Safetensors files, streamed: written tensor by tensor with a checksum, read in any run.
+
+The library's own functions want all tensors in memory at once, and map whole files into memory to
+read them. Billions of parameters have to pass through a few megabytes here. What is written is
+read by any safetensors library, and the other way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 16 << 20  # bytes that are written, hashed or read at once
+_LARGEST_HEADER = 100 << 20  # as the format has it
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class Kind(NamedTuple):
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Stamp(NamedTuple):
+    """Length and checksum of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: what it is and at which byte it begins."""
+
+    kind: Kind
+    begin: int
+
+
+def write_tensors(
+    path: Path,
+    kinds: Mapping[str, Kind],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> Stamp:
+    """Writes a safetensors file and its way to the disk; one tensor is in memory at a time.
+
+    Args:
+        path: of the file; what was there is replaced.
+        kinds: dtype and shape of every tensor.
+        read: gives a tensor's values on the CPU, contiguous, when its turn comes.
+        metadata: further entries of the header.
+
+    Raises:
+        OSError: if the disk is full or does not write.
+    """
+    # As the library orders them: a multiple of its own size is where each tensor begins.
+    keys = sorted(kinds, key=lambda key: (-kinds[key].dtype.itemsize, key))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in keys:
+        dtype, shape = kinds[key]
+        begin, end = end, end + kinds[key].numel * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in (struct.pack("<Q", len(text)), text):
+            digest.update(part)
+            _write_all(file.fileno(), memoryview(part))
+        for key in keys:
+            tensor = read(key)
+            if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[key]:
+                raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, not {kinds[key]}")
+            data = as_bytes(tensor)
+            for start in range(0, len(data), CHUNK):
+                _write_all(file.fileno(), data[start : start + CHUNK])
+                digest.update(data[start : start + CHUNK])
+        os.fsync(file.fileno())
+    return Stamp(8 + len(text) + end, digest.hexdigest())
+
+
+class TensorFile:
+    """Reads a safetensors file in runs of elements; takes no more memory than is asked for.
+
+    Raises:
+        ValueError: if the file does not follow the format.
+        OSError: if it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+        self.metadata = header.pop("__metadata__", {})
+        end = 8 + length
+        for key, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind = Kind(_DTYPES[fields["dtype"]], tuple(map(int, fields["shape"])))
+            begin, stop = (8 + length + int(offset) for offset in fields["data_offsets"])
+            if begin != end or stop - begin != kind.numel * kind.dtype.itemsize:
+                raise ValueError(f"the bytes of {key} are not where they should be")
+            self.entries[key] = Entry(kind, begin)
+            end = stop
+        if end != size:
+            raise ValueError(f"it is {size} bytes long instead of {end}")
+
+    def read(self, key: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Elements `start` to `stop` of a tensor, flat; into `out` [stop - start] if given."""
+        (dtype, _), begin = self.entries[key]
+        target = torch.empty(stop - start, dtype=dtype) if out is None else out
+        data, position = as_bytes(target), begin + start * dtype.itemsize
+        with self.path.open("rb", buffering=0) as file:
+            while data:
+                count = os.preadv(file.fileno(), [data[:CHUNK]], position)
+                if count == 0:
+                    raise OSError(f"{self.path} ends in the middle of {key}")
+                data, position = data[count:], position + count
+        return target
+
+    def whole(self, key: str) -> Tensor:
+        """A whole tensor."""
+        kind = self.entries[key].kind
+        return self.read(key, 0, kind.numel).view(kind.shape)
+
+
+def stamp(path: Path) -> Stamp:
+    """Length and checksum of a file, read once.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(CHUNK)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            size += count
+    return Stamp(size, digest.hexdigest())
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    if not tensor.is_contiguous():  # reshape would copy, and reading would fill the copy
+        raise ValueError("the tensor is not contiguous")
+    data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
