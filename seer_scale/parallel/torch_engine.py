@@ -84,10 +84,15 @@ class TorchEngine:
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Strategy `ddp`: every rank holds the whole model and gradients are averaged."""
+    on_gpu = device.type == "cuda"
     # Buffers are equal by SyncBatchNorm or differ by design (groups): nothing to broadcast.
     return DistributedDataParallel(
         model,
-        device_ids=[device] if device.type == "cuda" else None,
+        device_ids=[device] if on_gpu else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        # DDP deals gradients into other buckets after its first step, and gloo adds the ranks'
+        # numbers in an order that depends on the place in the bucket: a resumed run would differ in
+        # the last bit from one that went on. Where parameters may be unused the buckets stay.
+        find_unused_parameters=not on_gpu,
     )
