@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 from seer_scale.checkpoint import CheckpointReader, find, list_checkpoints  # noqa: E402
 from seer_scale.checkpoint.consolidate import consolidate  # noqa: E402
+from seer_scale.checkpoint.folders import delete  # noqa: E402
 from seer_scale.checkpoint.retention import expired  # noqa: E402
-from seer_scale.checkpoint.saving import delete  # noqa: E402
 from seer_scale.errors import UserError, exit_with  # noqa: E402
 
 GIB = 2**30

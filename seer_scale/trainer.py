@@ -12,18 +12,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seer_scale import build, recipe
-from seer_scale.checkpoint import CheckpointReader, Outcome, Saver
+from seer_scale.announce import announce
+from seer_scale.checkpoint import CheckpointReader
 from seer_scale.config import RunConfig
 from seer_scale.data import BadSample, MicroBatch, Source
 from seer_scale.errors import CheckpointError, UserError
@@ -36,11 +36,11 @@ from seer_scale.parallel.watchdog import Watchdog
 from seer_scale.progress import Progress
 from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
 from seer_scale.records import Records
+from seer_scale.saves import Saves, TrainState
 from seer_scale.schedules import prototypes_frozen
 
 COLLAPSE_WINDOW = 50  # steps that a verdict is averaged over
 SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
-RUN_ID_SECONDS = 30.0  # a tracking server that takes longer is waited for no more
 TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
 
 # What batch systems send before they take a job's machines away.
@@ -53,28 +53,6 @@ class Stop(Enum):
     NO = "the last step"
     DONE = "somebody wants it to end"  # SIGINT
     REQUEUE = "its machines are taken away, and it is to go on elsewhere"
-
-
-@dataclass
-class TrainState:
-    """How far the run is; all of it is in every checkpoint."""
-
-    step: int = 0
-    samples_seen: int = 0
-    best_loss: float = math.inf  # smallest mean loss between two checkpoints
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
-        """The state that a checkpoint's manifest holds."""
-        try:
-            return cls(**manifest["state"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
-
-    def advance(self, images: int) -> None:
-        """One more step of `images` images."""
-        self.step += 1
-        self.samples_seen += images
 
 
 class Trainer:
@@ -132,24 +110,23 @@ class Trainer:
             if self.engine.loss_scale and saved_scale:  # neither, if the precision was another
                 self.engine.loss_scale.load(saved_scale)
             self._load_rank_state(reader)
-        self.saver = Saver(
-            self.run_dir / "checkpoints",
-            trunk=config.model.trunk,
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-        )
         self.batches = build.batches_of(config, source, self.state.samples_seen)
         self.watchdog = Watchdog(60 * config.run.hang_minutes)
         self.records = self._open_records()
         self.progress = (
             Progress(config.train.steps, self.state.step) if distributed.is_main() else None
         )
-        self._losses: list[float] = []  # since the last checkpoint
-        self._tags: dict[int, dict[str, Any]] = {}  # of checkpoints under way, by step
-        self._problem: str | None = None  # of the last checkpoint
-        self._unlogged: dict[str, float] = {}  # of checkpoints, for the next step's metrics
+        self.saves = Saves(config, self.tracker, self.records, self._say)
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
-        self._announce(reader.manifest.get("config", {}) if reader else None)
+        announce(
+            config,
+            self.tracker,
+            self._say,
+            step=self.state.step,
+            plan=self.plan,
+            device=device,
+            saved_config=reader.manifest.get("config", {}) if reader else None,
+        )
 
     # --------------------------------------------------------------------------- one step
 
@@ -260,16 +237,16 @@ class Trainer:
         self.watchdog.at(self.state.step, 0, "beginning")
         while self.state.step < self.config.train.steps and stop is Stop.NO:
             metrics, stop = self.train_step()
-            self._log({**metrics, **self._unlogged})
-            self._unlogged = {}
-            self._after_saves()
+            self._log({**metrics, **self.saves.metrics()})
+            self.saves.settle()
             last = stop is not Stop.NO or self.state.step == self.config.train.steps
             if last or self.state.step % self.config.checkpoint.every == 0:
-                self.save(urgent=last)
+                self.watchdog.at(self.state.step + 1, -1, "saving")
+                self.saves.start(
+                    self.state, self.engine, rank_state(self.objective, self.device), urgent=last
+                )
                 saved_step = self.state.step
-        self.saver.wait()
-        self._after_saves()
-        if problem := distributed.broadcast_object(self._problem):
+        if problem := self.saves.finish():
             raise CheckpointError(
                 f"the last checkpoint, of step {saved_step}, was not written ({problem}): mend "
                 "that and go on with --resume auto, from the one before it"
@@ -281,71 +258,11 @@ class Trainer:
             )
         return stop
 
-    def save(self, *, urgent: bool = False) -> None:
-        """Starts a checkpoint; how long that held up the training is in the next step's metrics."""
-        began = time.perf_counter()
-        self.watchdog.at(self.state.step + 1, -1, "saving")
-        loss = sum(self._losses) / max(1, len(self._losses))
-        best = loss < self.state.best_loss
-        self.state.best_loss = min(loss, self.state.best_loss)
-        self._losses = []
-        self._tags[self.state.step] = {
-            "loss": f"{loss:.6g}",
-            "samples_seen": self.state.samples_seen,
-            "trunk": self.config.model.trunk,
-            "objective": self.config.objective.name,
-            "strategy": self.config.sharding.strategy,
-            "best": best,
-        }
-        self.saver.save(
-            step=self.state.step,
-            slices=self.engine.slices(),
-            writes_slices=self.engine.writes_slices,
-            model=self.engine.model,
-            local_state=rank_state(self.objective, self.device),
-            manifest={
-                "state": asdict(self.state),
-                "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state(),
-                "config": build.public(self.config).model_dump(mode="json"),
-            },
-            urgent=urgent,
-        )
-        self._unlogged["checkpoint_stall"] = time.perf_counter() - began
-
-    def _after_saves(self) -> None:
-        """Rank 0: what follows from saves that have ended."""
-        for outcome in self.saver.outcomes():
-            tags, self._problem = self._tags.pop(outcome.step), outcome.problem
-            if outcome.problem is None:
-                self._unlogged["checkpoint_seconds"] = outcome.seconds
-                self._announce_checkpoint(outcome, tags)
-            else:
-                self._say(
-                    f"warning: the checkpoint of step {outcome.step} was not written "
-                    f"({outcome.problem}); the training goes on, older checkpoints stay"
-                )
-
-    def _announce_checkpoint(self, saved: Outcome, tags: dict[str, Any]) -> None:
-        """Gives a checkpoint to the tracker, and its trunk as a model."""
-        best = tags.pop("best")
-        if self.records:
-            self.records.draw_curve()
-        how = self.config.tracking.checkpoints
-        self.tracker.log_checkpoint(saved.folder, step=saved.step, how=how)
-        if self.config.tracking.log_models:
-            self.tracker.log_model(
-                saved.folder / "trunk",
-                step=saved.step,
-                tags=tags,
-                aliases=["best"] if best else [],
-            )
-
     def close(self, status: str) -> None:
         """Ends workers, files and tracking; `status` is FINISHED, KILLED or FAILED."""
         self.watchdog.close()
         self.batches.close()
-        self.saver.close()
-        self._after_saves()
+        self.saves.close()
         if self.progress:
             self.progress.close()
         if self.records:
@@ -367,7 +284,7 @@ class Trainer:
         self._stop_signal = signum
 
     def _log(self, metrics: dict[str, float]) -> None:
-        self._losses.append(metrics["loss"])
+        self.saves.observe(metrics["loss"])
         if not (self.records and self.progress):
             return
         step = self.state.step
@@ -415,40 +332,6 @@ class Trainer:
         )
         (self.run_dir / "config.yaml").write_text(recipe.dump(build.public(self.config)))
         return records
-
-    def _announce(self, saved_config: Mapping[str, Any] | None) -> None:
-        """Says what is about to run, and gives every rank the id of the one MLflow run."""
-        config = self.config
-        self.run_id = distributed.broadcast_object(self.tracker.wait_for_run_id(RUN_ID_SECONDS))
-        model = build.model_of(config, torch.device("meta"))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.tracker.log_params(
-            {
-                **build.flatten(build.public(config).model_dump(mode="json")),
-                "world_size": distributed.world_size(),
-                "global_batch": self.global_batch,
-                "parameters": parameters,
-            }
-        )
-        self.tracker.log_artifact(self.run_dir / "config.yaml")
-        self._say(
-            f"{config.recipe}: {config.model.trunk}, {parameters / 1e6:.2f}M parameters, "
-            f"{config.sharding.strategy}, {distributed.world_size()} x {self.device.type}, "
-            f"{self.global_batch} images a step, from step {self.state.step} to "
-            f"{config.train.steps}\nrun folder {self.run_dir}, MLflow run "
-            f"{self.run_id or ('not known yet' if config.tracking.enabled else 'off')}"
-        )
-        if self.plan:
-            self._say(str(self.plan))
-        if saved_config is not None:
-            saved, now = build.flatten(saved_config), build.flatten(config.model_dump(mode="json"))
-            changed = [
-                f"{key} {saved.get(key)} -> {value}"
-                for key, value in now.items()
-                if saved.get(key) != value and not key.startswith(("run.dir", "tracking."))
-            ]
-            if changed:
-                self._say(f"resumed with other values than it was saved with: {', '.join(changed)}")
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seer_scale.checkpoint.folders import delete, make_room, publish, set_aside
 from seer_scale.checkpoint.manifest import (
     checkpoint_folder,
     list_checkpoints,
@@ -38,10 +39,9 @@ from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.serving import versions, write_trunk
 from seer_scale.slices import Slice
-from seer_scale.tensor_file import Kind, Stamp, sync, write_tensors
+from seer_scale.tensor_file import Kind, Stamp, write_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
-SPARE_BYTES = 64 << 20  # that a checkpoint leaves free on the disk
 _POLL_S = 0.05
 
 
@@ -180,7 +180,7 @@ class Saver:
             tensor.nbytes for key, tensor in self._host.items() if key.startswith("weight/trunk.")
         )
         needed = sum(distributed.gather_lists([mine + trunk]))
-        problem = _make_room(partial, needed) if distributed.is_main() else None
+        problem = make_room(partial, needed) if distributed.is_main() else None
         problem = distributed.broadcast_object(problem)
         if problem and distributed.is_main():
             self._end(step, problem, began)
@@ -305,22 +305,6 @@ def save(
     return checkpoint_folder(root, step)
 
 
-def _make_room(partial: Path, needed: int) -> str | None:
-    """Makes the folder of a save; what is in the way, if something is."""
-    try:
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-    except OSError as error:
-        return one_line(error)
-    if free < needed + SPARE_BYTES:
-        shutil.rmtree(partial, ignore_errors=True)
-        return (
-            f"it needs {needed / 2**30:.2f} GiB and {partial.parent} has {free / 2**30:.2f} GiB "
-            "free: delete something, or lower checkpoint.keep"
-        )
-    return None
-
-
 def _report(folder: Path, rank: int) -> Path:
     return folder / f".rank_{rank:05d}.json"
 
@@ -346,24 +330,3 @@ def _write_rank(job: Job, host: Mapping[str, Tensor]) -> None:
     with suppress(OSError):
         fresh.write_text(json.dumps(report))
         fresh.rename(_report(job.partial, rank))
-
-
-def publish(partial: Path, folder: Path) -> None:
-    """Gives a checkpoint that is whole its name, in one step and on the disk."""
-    sync(partial)
-    if folder.exists():
-        set_aside(folder)
-    partial.rename(folder)
-    sync(folder.parent)
-
-
-def set_aside(folder: Path) -> None:
-    """Renames a checkpoint that a resumed run overtakes: out of the way, not lost."""
-    aside = folder.with_name(f"superseded_{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-
-
-def delete(folder: Path) -> None:
-    """Deletes a checkpoint; a kill in mid-deletion does not leave half of one by its name."""
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleting")))

@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_in_the_system_s_words(tmp_path: Path) -> None:
         (part / "rank_00000.safetensors").symlink_to("/dev/full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "_make_room", divert)
+        patch.setattr(saving, "make_room", divert)
         start(saver, 1, model)
         saver.wait()
     ((_, problem),) = ended(saver)

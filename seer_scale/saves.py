@@ -1,0 +1,160 @@
+"""The checkpoints of a run: begun between two steps, told to the tracker once they are whole."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from seer_scale import build
+from seer_scale.checkpoint import Outcome, Saver
+from seer_scale.config import RunConfig
+from seer_scale.errors import CheckpointError
+from seer_scale.parallel import distributed
+from seer_scale.parallel.engine import Engine
+from seer_scale.records import Records
+from seer_scale.tracking import NullTracker, Tracker
+
+
+@dataclass
+class TrainState:
+    """How far the run is; all of it is in every checkpoint."""
+
+    step: int = 0
+    samples_seen: int = 0
+    best_loss: float = math.inf  # smallest mean loss between two checkpoints
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
+        """The state that a checkpoint's manifest holds."""
+        try:
+            return cls(**manifest["state"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
+
+    def advance(self, images: int) -> None:
+        """One more step of `images` images."""
+        self.step += 1
+        self.samples_seen += images
+
+
+class Saves:
+    """Begins saves and sees to what follows from them; every rank has one.
+
+    Args:
+        config: of the run.
+        tracker: is given every checkpoint, and its trunk as a model.
+        records: on rank 0; draw the curve anew with every checkpoint.
+        say: tells the user something, on rank 0.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tracker: Tracker | NullTracker,
+        records: Records | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._tracker, self._records, self._say = config, tracker, records, say
+        self._saver = Saver(
+            Path(config.run.dir) / "checkpoints",
+            trunk=config.model.trunk,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
+        self._losses: list[float] = []  # since the last checkpoint
+        self._tags: dict[int, dict[str, Any]] = {}  # of checkpoints under way, by step
+        self._problem: str | None = None  # of the last checkpoint
+        self._metrics: dict[str, float] = {}
+
+    def observe(self, loss: float) -> None:
+        """Takes in the loss of a step: the mean between two checkpoints says which is best."""
+        self._losses.append(loss)
+
+    def start(
+        self, state: TrainState, engine: Engine, own: Mapping[str, Tensor], *, urgent: bool
+    ) -> None:
+        """Starts a checkpoint; returns once the state is copied, while it is being written.
+
+        Args:
+            state: how far the run is; its best loss is brought up to date.
+            engine: whose slices are saved.
+            own: what this rank has of its own.
+            urgent: the training has nothing else to do.
+        """
+        began = time.perf_counter()
+        loss = sum(self._losses) / max(1, len(self._losses))
+        best = loss < state.best_loss
+        state.best_loss = min(loss, state.best_loss)
+        self._losses = []
+        self._tags[state.step] = {
+            "loss": f"{loss:.6g}",
+            "samples_seen": state.samples_seen,
+            "trunk": self._config.model.trunk,
+            "objective": self._config.objective.name,
+            "strategy": self._config.sharding.strategy,
+            "best": best,
+        }
+        self._saver.save(
+            step=state.step,
+            slices=engine.slices(),
+            writes_slices=engine.writes_slices,
+            model=engine.model,
+            local_state=own,
+            manifest={
+                "state": asdict(state),
+                "loss_scale": engine.loss_scale and engine.loss_scale.state(),
+                "config": build.public(self._config).model_dump(mode="json"),
+            },
+            urgent=urgent,
+        )
+        self._metrics["checkpoint_stall"] = time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        """For the next step's line: how long saves held up the training, and took."""
+        found, self._metrics = self._metrics, {}
+        return found
+
+    def settle(self) -> None:
+        """On rank 0, what follows from saves that have ended."""
+        for outcome in self._saver.outcomes():
+            tags, self._problem = self._tags.pop(outcome.step), outcome.problem
+            if outcome.problem is None:
+                self._metrics["checkpoint_seconds"] = outcome.seconds
+                self._hand_over(outcome, tags)
+            else:
+                self._say(
+                    f"warning: the checkpoint of step {outcome.step} was not written "
+                    f"({outcome.problem}); the training goes on, older checkpoints stay"
+                )
+
+    def finish(self) -> str | None:
+        """Waits for the last save on every rank; why it failed, if it did."""
+        self._saver.wait()
+        self.settle()
+        problem: str | None = distributed.broadcast_object(self._problem)
+        return problem
+
+    def close(self) -> None:
+        """Gives a save that is under way a few seconds; no collective, for failing runs too."""
+        self._saver.close()
+        self.settle()
+
+    def _hand_over(self, saved: Outcome, tags: dict[str, Any]) -> None:
+        best = tags.pop("best")
+        if self._records:
+            self._records.draw_curve()
+        how = self._config.tracking.checkpoints
+        self._tracker.log_checkpoint(saved.folder, step=saved.step, how=how)
+        if self._config.tracking.log_models:
+            self._tracker.log_model(
+                saved.folder / "trunk",
+                step=saved.step,
+                tags=tags,
+                aliases=["best"] if best else [],
+            )
