@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seer_scale.optim import SliceSGD
+from seer_scale.parallel import distributed
 from seer_scale.parallel.fused_backward import FusedBackward
 from seer_scale.parallel.precision import LossScale
 from seer_scale.slices import Slice
@@ -85,14 +87,18 @@ class TorchEngine:
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Strategy `ddp`: every rank holds the whole model and gradients are averaged."""
     on_gpu = device.type == "cuda"
-    # Buffers are equal by SyncBatchNorm or differ by design (groups): nothing to broadcast.
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if on_gpu else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        # DDP deals gradients into other buckets after its first step, and gloo adds the ranks'
-        # numbers in an order that depends on the place in the bucket: a resumed run would differ in
-        # the last bit from one that went on. Where parameters may be unused the buckets stay.
-        find_unused_parameters=not on_gpu,
-    )
+    with warnings.catch_warnings():
+        # torch 2.14 renames what torch 2.11 has under this name alone.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if on_gpu else None,
+            # Equal by SyncBatchNorm or different by design (groups): nothing to broadcast.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # DDP deals gradients into other buckets after its first step, and gloo adds more than
+            # two numbers in an order that depends on the place in the bucket: a resumed run would
+            # differ in the last bit from one that went on. Where parameters may be unused the
+            # buckets stay as they are, at the price of torch's warning that none is.
+            find_unused_parameters=not on_gpu and distributed.world_size() > 2,
+        )
