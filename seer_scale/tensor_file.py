@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 16 << 20  # bytes that are written, hashed or read at once
+from seer_scale.disk import DiskWriter
+
+CHUNK = 4 << 20  # bytes that are hashed or read at once
 _LARGEST_HEADER = 100 << 20  # as the format has it
 
 _NAMES = {
@@ -91,19 +93,19 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with DiskWriter(path) as file:
         for part in (struct.pack("<Q", len(text)), text):
             digest.update(part)
-            _write_all(file.fileno(), memoryview(part))
+            file.write(part)
         for key in keys:
             tensor = read(key)
             if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[key]:
                 raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, not {kinds[key]}")
             data = as_bytes(tensor)
             for start in range(0, len(data), CHUNK):
-                _write_all(file.fileno(), data[start : start + CHUNK])
                 digest.update(data[start : start + CHUNK])
-        os.fsync(file.fileno())
+                file.write(data[start : start + CHUNK])
+        file.finish()
     return Stamp(8 + len(text) + end, digest.hexdigest())
 
 
@@ -189,8 +191,3 @@ def as_bytes(tensor: Tensor) -> memoryview:
         raise ValueError("the tensor is not contiguous")
     data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
     return data
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]

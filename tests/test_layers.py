@@ -40,6 +40,7 @@ LAYERS = {
     "seer_scale.models": 1,
     "seer_scale.slices": 1,
     "seer_scale.tensor_file": 1,
+    "seer_scale.disk": 0,
     "seer_scale.objectives": 1,
     "seer_scale.schedules": 1,
     "seer_scale.parallel.distributed": 0,
