@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from seer_scale.errors import ConfigError
 
@@ -33,13 +35,21 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
     if not dist.is_initialized():
         backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=timeout_minutes)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, own_rank, ranks = next(rendezvous("env://", timeout=timeout))
+            # torchrun's store outlives a restart, with the addresses of ranks that are gone. Nodes
+            # count restarts each for itself, so only one node's count is everybody's.
+            if local_world_size() == ranks and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+                attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+                store = PrefixStore(f"attempt_{attempt}", store)
+            dist.init_process_group(
+                backend, timeout=timeout, store=store, rank=own_rank, world_size=ranks
+            )
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group(
                 backend,
                 timeout=timeout,
-                store=torch._C._distributed_c10d.HashStore(),
+                store=HashStore(),
                 rank=0,
                 world_size=1,
             )
