@@ -38,21 +38,15 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
             store, own_rank, ranks = next(rendezvous("env://", timeout=timeout))
             # torchrun's store outlives a restart, with the addresses of ranks that are gone. Nodes
             # count restarts each for itself, so only one node's count is everybody's.
-            if local_world_size() == ranks and "TORCHELASTIC_RESTART_COUNT" in os.environ:
-                attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-                store = PrefixStore(f"attempt_{attempt}", store)
-            dist.init_process_group(
-                backend, timeout=timeout, store=store, rank=own_rank, world_size=ranks
-            )
+            alone = local_world_size() == ranks
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+            store = PrefixStore(f"attempt_{attempt}", store)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-            dist.init_process_group(
-                backend,
-                timeout=timeout,
-                store=HashStore(),
-                rank=0,
-                world_size=1,
-            )
+            store, own_rank, ranks = HashStore(), 0, 1
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=own_rank, world_size=ranks
+        )
     sizes = gather_lists([local_world_size()])
     if len(set(sizes)) > 1:
         raise ConfigError(
