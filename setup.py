@@ -34,6 +34,7 @@ setup(
         "matplotlib>=3.9",
         "psutil>=6",
         "tqdm>=4.66",
+        "xxhash>=3.5",
     ],
     extras_require={
         # SEER's own engine; needs CUDA.

@@ -52,8 +52,8 @@ def inspect(path: str) -> None:
     _table(rows)
     print()
     files = manifest["files"]
-    _table([("file", "GiB", "sha256")] + [
-        (name, f"{stamp.bytes / GIB:.3f}", stamp.sha256[:16]) for name, stamp in files.items()
+    _table([("file", "GiB", "xxh128")] + [
+        (name, f"{stamp.bytes / GIB:.3f}", stamp.xxh128[:16]) for name, stamp in files.items()
     ])  # fmt: skip
     print()
     parts = [("tensor", "shape", "dtype", "elements")]

@@ -59,7 +59,7 @@ def consolidate(
         for name, keys in zip(names, parts, strict=True):
             stamp = write_tensors(fresh, {key: kinds[key] for key in keys}, read, metadata)
             fresh.rename(target / name)
-            say(f"{target / name}  {stamp.bytes / 2**30:.3f} GiB  sha256 {stamp.sha256}")
+            say(f"{target / name}  {stamp.bytes / 2**30:.3f} GiB  xxh128 {stamp.xxh128}")
         if len(parts) > 1:
             _write_index(target / f"{NAME}.safetensors.index.json", kinds, names, parts)
         sync(target)

@@ -1,7 +1,7 @@
 """Where checkpoints stand, and the small JSON file that says what one holds.
 
-The manifest names every file with its length and SHA-256, and carries a checksum of itself: what
-was not written as it stands there is found before anything is loaded from it.
+The manifest names every file with its length and checksum (XXH3), and carries a checksum of itself:
+what was not written as it stands there is found before anything is loaded from it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from seer_scale.errors import CheckpointError
 from seer_scale.tensor_file import Stamp, sync
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step_(\d{8})")
 _LARGEST = 64 << 20  # bytes; what is larger is no manifest
@@ -92,7 +92,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if form < FORMAT:
         raise OtherFormatError(
-            f"{folder} has format {form}, which has no checksums; this version reads {FORMAT} only"
+            f"{folder} has format {form}, of a version before the first release; this one reads "
+            f"{FORMAT} only"
         )
     try:
         written = manifest.pop("checksum")

@@ -237,9 +237,16 @@ class Saver:
             "versions": versions(),
             **job.manifest,
         }
-        # From the files just written: they are whole under every strategy, the model need not be.
         kinds, read = lazily(CheckpointReader(job.partial, content), "trunk.")
-        trunk = write_trunk(job.partial / "trunk", kinds, read, trunk=job.trunk, step=job.step)
+
+        def held_or_read(name: str) -> Tensor:
+            """From memory if this rank has all of it, else from the files just written."""
+            held, kind = self._host.get(f"weight/trunk.{name}"), kinds[name]
+            whole = held is not None and held.numel() == kind.numel
+            return held.view(kind.shape) if held is not None and whole else read(name)
+
+        folder = job.partial / "trunk"
+        trunk = write_trunk(folder, kinds, held_or_read, trunk=job.trunk, step=job.step)
         files |= {f"trunk/{name}": written for name, written in trunk.items()}
         write_manifest(job.partial, content, files)
         publish(job.partial, checkpoint_folder(self.root, job.step))

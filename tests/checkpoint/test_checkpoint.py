@@ -409,11 +409,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "more ranks": (lambda f: sign(f, world_size=3), "it has no rank_00001.safetensors"),
     "another step": (lambda f: sign(f, step=8), "holds step 8 under the name of another"),
     "other sizes": (
-        lambda f: sign(f, files={"rank_00000.safetensors": {"bytes": 12, "sha256": ""}}),
+        lambda f: sign(f, files={"rank_00000.safetensors": {"bytes": 12, "xxh128": ""}}),
         r"rank_00000.safetensors is \d+ bytes long instead of 12",
     ),
-    "a newer format": (lambda f: edit(f, format=3), "format 3 .* reads up to 2: update seer_scale"),
-    "an older format": (lambda f: edit(f, format=1), "format 1, which has no checksums"),
+    "a newer format": (lambda f: edit(f, format=4), "format 4 .* reads up to 3: update seer_scale"),
+    "an older format": (lambda f: edit(f, format=2), "format 2, of a version before the first"),
 }
 
 

@@ -186,6 +186,6 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
 def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
     folders = [write(tmp_path, step, keep=9) for step in (1, 2)]
     path = folders[1] / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match="format 3 and this version reads up to 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
+    with pytest.raises(CheckpointError, match="format 4 and this version reads up to 3"):
         first_whole(folders[::-1], print)

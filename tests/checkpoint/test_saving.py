@@ -199,7 +199,7 @@ def test_a_rank_that_says_nothing_is_waited_for_no_longer_than_that(
 def test_an_earlier_attempt_s_files_are_not_mixed_in(tmp_path: Path) -> None:
     stale = tmp_path / ".step_00000001.0123abcd.partial"
     stale.mkdir()
-    (stale / ".rank_00000.json").write_text('{"bytes": 1, "sha256": ""}')
+    (stale / ".rank_00000.json").write_text('{"bytes": 1, "xxh128": ""}')
     saver = saver_of(tmp_path)
     assert not stale.exists()
     start(saver, 1, trained())
