@@ -39,18 +39,19 @@ class _Pipeline(IterableDataset[MicroBatch | DataError]):
         self._threads, self._prefetch = threads, prefetch
 
     def __iter__(self) -> Iterator[MicroBatch | DataError]:
-        with ThreadPoolExecutor(max(1, self._threads)) as pool:
-            under_way: deque[list[Future[Sample]]] = deque()
+        pool = ThreadPoolExecutor(max(1, self._threads))
+        under_way: deque[list[Future[Sample]]] = deque()
+        try:
             while True:
                 while len(under_way) <= self._prefetch:
                     under_way.append(self._maker.start(next(self._positions), pool))
-                try:
-                    samples = [sample.result() for sample in under_way.popleft()]
-                except DataError as error:
-                    # Raised here, it would reach the user wrapped in the traceback of a worker.
-                    yield error
-                    return
+                samples = [sample.result() for sample in under_way.popleft()]
                 yield self._maker.join(samples)
+        except DataError as error:
+            # Raised here, it would reach the user wrapped in the traceback of a worker.
+            yield error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class MicroBatchLoader(Iterator[MicroBatch]):
@@ -75,7 +76,11 @@ class MicroBatchLoader(Iterator[MicroBatch]):
 
     def close(self) -> None:
         """Ends the worker; no batches come afterwards."""
-        self._iterator = None
+        workers = getattr(self._iterator, "_workers", [])
+        self._iterator = None  # asks them to end, and waits some seconds
+        for worker in workers:
+            if worker.is_alive():  # in the middle of a read that is tried again and again
+                worker.kill()
 
     def __enter__(self) -> Self:
         return self
