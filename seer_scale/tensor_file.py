@@ -65,6 +65,39 @@ class Entry(NamedTuple):
     begin: int
 
 
+class Layout(NamedTuple):
+    """How a file's bytes are laid out.
+
+    Attributes:
+        header: everything before the first tensor.
+        begins: at which byte of the file each tensor begins, in the order of writing.
+        bytes: length of the file.
+    """
+
+    header: bytes
+    begins: dict[str, int]
+    bytes: int
+
+
+def lay_out(kinds: Mapping[str, Kind], metadata: Mapping[str, str] | None = None) -> Layout:
+    """The layout of a safetensors file of these tensors."""
+    # As the library orders them: a multiple of its own size is where each tensor begins.
+    keys = sorted(kinds, key=lambda key: (-kinds[key].dtype.itemsize, key))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins: dict[str, int] = {}
+    end = 0
+    for key in keys:
+        dtype, shape = kinds[key]
+        begins[key], end = end, end + kinds[key].numel * dtype.itemsize
+        offsets = [begins[key], end]
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    whole = struct.pack("<Q", len(text)) + text
+    return Layout(whole, {key: start + begin for key, begin in begins.items()}, start + end)
+
+
 def write_tensors(
     path: Path,
     kinds: Mapping[str, Kind],
@@ -82,22 +115,12 @@ def write_tensors(
     Raises:
         OSError: if the disk is full or does not write.
     """
-    # As the library orders them: a multiple of its own size is where each tensor begins.
-    keys = sorted(kinds, key=lambda key: (-kinds[key].dtype.itemsize, key))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for key in keys:
-        dtype, shape = kinds[key]
-        begin, end = end, end + kinds[key].numel * dtype.itemsize
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layout = lay_out(kinds, metadata)
     digest = xxhash.xxh3_128()  # ten times SHA-256's speed; made against accidents
     with DiskWriter(path) as file:
-        for part in (struct.pack("<Q", len(text)), text):
-            digest.update(part)
-            file.write(part)
-        for key in keys:
+        digest.update(layout.header)
+        file.write(layout.header)
+        for key in layout.begins:
             tensor = read(key)
             if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[key]:
                 raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, not {kinds[key]}")
@@ -106,7 +129,7 @@ def write_tensors(
                 digest.update(data[start : start + CHUNK])
                 file.write(data[start : start + CHUNK])
         file.finish()
-    return Stamp(8 + len(text) + end, digest.hexdigest())
+    return Stamp(layout.bytes, digest.hexdigest())
 
 
 class TensorFile:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from seer_scale.disk import BUFFER, DiskWriter
+from seer_scale.disk import BLOCK, BUFFER, DiskWriter
 
 LENGTHS = [0, 1, 4095, 4096, 4097, BUFFER - 1, BUFFER, BUFFER + 4097, 2 * BUFFER + 3]
 
@@ -27,6 +29,40 @@ def test_what_is_written_is_read(length: int, folder: str, tmp_path: Path) -> No
         assert path.read_bytes() == data
     finally:
         path.unlink()
+
+
+def in_step(data: bytes, position: int) -> memoryview:
+    """The same bytes at an address that is their position in the file, modulo a block."""
+    memory = np.frombuffer(mmap.mmap(-1, len(data) + 2 * BLOCK), dtype=np.uint8)
+    start = position % BLOCK
+    memory[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    return memory[start : start + len(data)].data
+
+
+@pytest.mark.parametrize("position", [0, 1, 4095, 4096, 70_000, BUFFER - 1])
+@pytest.mark.parametrize("length", [1, 4096, 65_535, 65_536, 200_001, BUFFER + 5])
+def test_bytes_in_step_are_written_from_where_they_are(
+    position: int, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, lengths = os.write, []
+
+    def watching(descriptor: int, data: memoryview) -> int:
+        lengths.append(len(data))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", watching)
+    before, data, after = os.urandom(position), os.urandom(length), os.urandom(5000)
+    with DiskWriter(tmp_path / "file") as file:
+        direct = file._direct
+        file.write(before)
+        file.write(in_step(data, position))
+        file.write(after)
+        file.finish()
+    assert (tmp_path / "file").read_bytes() == before + data + after
+    if direct and length >= 2 * 65_536:
+        # all of its whole blocks at once
+        head = -position % BLOCK  # completes the block that it begins in
+        assert (length - head) // BLOCK * BLOCK in lengths
 
 
 def test_a_file_system_that_refuses_blocks_gets_the_file_through_the_cache(

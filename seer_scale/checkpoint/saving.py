@@ -34,12 +34,13 @@ from seer_scale.checkpoint.manifest import (
 )
 from seer_scale.checkpoint.reader import CheckpointReader, lazily
 from seer_scale.checkpoint.retention import expired
+from seer_scale.disk import BLOCK
 from seer_scale.errors import CheckpointError
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.serving import versions, write_trunk
 from seer_scale.slices import Slice
-from seer_scale.tensor_file import Kind, Stamp, write_tensors
+from seer_scale.tensor_file import Kind, Stamp, lay_out, write_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
 _POLL_S = 0.05
@@ -74,6 +75,7 @@ class Saver:
         # Of this attempt: what a rank of an earlier one may still be writing is not mixed in.
         self._attempt: str = distributed.broadcast_object(secrets.token_hex(4))
         self._host: dict[str, Tensor] = {}  # reused by every save
+        self._begins: dict[str, int] = {}  # at which byte of the file each was written
         self._thread: threading.Thread | None = None
         self._patience = PATIENCE_S
         self._outcomes: deque[Outcome] = deque()  # rank 0's; its thread appends
@@ -149,10 +151,9 @@ class Saver:
 
         def copy(key: str, source: Tensor) -> None:
             target = self._host.get(key)
-            if target is None or target.shape != source.shape or target.dtype != source.dtype:
-                target = torch.empty(
-                    source.shape, dtype=source.dtype, pin_memory=source.device.type == "cuda"
-                )
+            begin = self._begins.get(key, 0)
+            if target is None or not _fits(target, source, begin):
+                target = _empty_like(source, begin)
             self._host[key] = target
             target.copy_(source.detach(), non_blocking=True)
             tensors.add(key)
@@ -171,6 +172,7 @@ class Saver:
             torch.cuda.synchronize()
         for key in self._host.keys() - tensors:  # e.g. of a queue that is no longer there
             del self._host[key]
+        self._begins = lay_out(_kinds(self._host), _metadata(placement)).begins
         return placement
 
     def _begin(self, partial: Path, step: int, began: float) -> bool:
@@ -312,6 +314,28 @@ def save(
     return checkpoint_folder(root, step)
 
 
+def _fits(target: Tensor, source: Tensor, begin: int) -> bool:
+    """Whether `target` can take `source`, and can be written at `begin` without another copy."""
+    in_step = target.data_ptr() % BLOCK == begin % BLOCK
+    return target.shape == source.shape and target.dtype == source.dtype and in_step
+
+
+def _empty_like(source: Tensor, begin: int) -> Tensor:
+    """Host memory for a copy, whose address is `begin` modulo the disk's block."""
+    room = source.nbytes + BLOCK
+    memory = torch.empty(room, dtype=torch.uint8, pin_memory=source.device.type == "cuda")
+    start = (begin - memory.data_ptr()) % BLOCK
+    return memory[start : start + source.nbytes].view(source.dtype).view(source.shape)
+
+
+def _kinds(host: Mapping[str, Tensor]) -> dict[str, Kind]:
+    return {key: Kind(tensor.dtype, tuple(tensor.shape)) for key, tensor in host.items()}
+
+
+def _metadata(placement: Mapping[str, Any]) -> dict[str, str]:
+    return {"placement": json.dumps(placement)}
+
+
 def _report(folder: Path, rank: int) -> Path:
     return folder / f".rank_{rank:05d}.json"
 
@@ -322,9 +346,9 @@ def _write_rank(job: Job, host: Mapping[str, Tensor]) -> None:
     try:
         written = write_tensors(
             path,
-            {key: Kind(tensor.dtype, tuple(tensor.shape)) for key, tensor in host.items()},
+            _kinds(host),
             lambda key: host[key],
-            {"placement": json.dumps(job.placement)},
+            _metadata(job.placement),
         )
         report: dict[str, Any] = written._asdict()
     except Exception as error:

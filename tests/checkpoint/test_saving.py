@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seer_scale.checkpoint import CheckpointReader, Outcome, Saver, list_checkpoints, saving
 from seer_scale.checkpoint.retention import expired
+from seer_scale.disk import BLOCK
 from seer_scale.parallel import distributed as ranks
 from tests.checkpoint.test_checkpoint import TRUNK, cut, trained
 
@@ -90,6 +91,7 @@ def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, saver = trained(), saver_of(tmp_path)
+    start(saver, 0, model)  # from here on it is known where in the file each tensor lies
     with held_back(monkeypatch) as may_write:
         start(saver, 1, model)
         memory = {key: tensor.data_ptr() for key, tensor in saver._host.items()}
@@ -98,8 +100,9 @@ def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
         start(saver, 2, trained(seed=1))
         assert time.monotonic() - began >= 0.25
         saver.wait()
-    assert ended(saver) == [(1, None), (2, None)]
+    assert ended(saver) == [(0, None), (1, None), (2, None)]
     assert {key: tensor.data_ptr() for key, tensor in saver._host.items()} == memory
+    assert all(memory[key] % BLOCK == begin % BLOCK for key, begin in saver._begins.items())
     for step, seed in ((1, 0), (2, 1)):
         weight = whole(tmp_path / f"step_{step:08d}")["prototypes.weight"]
         assert torch.equal(weight, trained(seed).get_parameter("prototypes.weight").detach())
