@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("bench", help=text, description=text, allow_abbrev=False)
     verb.add_argument("--images", metavar="DIR", help="JPEGs; else photographs in three sizes")
     verb.add_argument(
-        "--seconds", type=_seconds, default=bench.SECONDS, help="for each row, about (5)"
+        "--seconds", type=_seconds, default=bench.SECONDS, help="for each row, about (3)"
     )
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
     return parser

@@ -1,8 +1,9 @@
 """Images per second and core, of this loader and of what it is compared with.
 
 Every pipeline makes SEER's six crops (two of 160 pixels, four of 96) of the same JPEGs in memory,
-in one thread; the two loaders read them from a folder, with a worker per core. Pipelines take
-turns, so that a machine that gets slower does so for all, and the median turn counts.
+in one thread, by its processor time: other programs' share of the core is not counted. The two
+loaders read them from a folder with a worker per core, by the clock. Pipelines take turns, so that
+a machine that gets slower does so for all, and the median turn counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +45,10 @@ PIPELINES = (
     "dataloader_pil",  # torch's DataLoader over torchvision's ImageFolder, with `pil`
     "dataloader_ours",  # this loader over the same folder
 )
-SECONDS = 5.0
+SECONDS = 3.0
 
-_TURNS = 5
-_LOADER_TURNS = 3
+TURNS = 5
+LOADER_TURNS = 3
 _BATCH = 8
 _MOST_FILES = 16
 _COLOUR = ("astronaut", "chelsea", "coffee", "hubble", "retina", "rocket", "china", "flower")
@@ -161,27 +161,27 @@ def _rates_in_memory(
         "host_all": HostCrops(augment=True),
         "pil": through_pillow(pil_transform()),
     }
-    if find_spec("lightly") is None:
-        say("lightly is not installed: no row for it")
-    else:
+    try:
         pipelines["lightly"] = through_pillow(lightly_transform())
+    except ImportError as error:
+        say(f"no row for lightly, which is not installed ({error})")
     for pipeline in pipelines.values():
         pipeline(files[0])  # imports, tables and buffers of a first call
     turns: dict[str, list[float]] = {name: [] for name in pipelines}
-    for _ in range(_TURNS):
+    for _ in range(TURNS):
         for name, pipeline in pipelines.items():
-            turns[name].append(_rate(pipeline, files, seconds / _TURNS))
+            turns[name].append(_rate(pipeline, files, seconds / TURNS))
     return {name: statistics.median(rates) for name, rates in turns.items()}
 
 
 def _rate(pipeline: Callable[[bytes], object], files: Sequence[bytes], seconds: float) -> float:
-    """Images per second over whole rounds of `files`."""
-    images, took, began = 0, 0.0, time.perf_counter()
+    """Images per second of processor time, over whole rounds of `files`."""
+    images, took, began = 0, 0.0, time.process_time()
     while not images or took < seconds:
         for data in files:
             pipeline(data)
         images += len(files)
-        took = time.perf_counter() - began
+        took = time.process_time() - began
     return images / took
 
 
@@ -200,9 +200,9 @@ def _rates_of_loaders(files: Sequence[bytes], seconds: float) -> dict[str, float
         photographs.mkdir()
         for number, data in enumerate(files):
             (photographs / f"{number:03d}.jpg").write_bytes(data)
-        for _ in range(_LOADER_TURNS):
+        for _ in range(LOADER_TURNS):
             for name, open_batches in loaders.items():
-                rate = _steady_rate(open_batches, folder, cores, seconds / _LOADER_TURNS)
+                rate = _steady_rate(open_batches, folder, cores, seconds / LOADER_TURNS)
                 turns[name].append(rate / cores)
     return {name: statistics.median(rates) for name, rates in turns.items()}
 

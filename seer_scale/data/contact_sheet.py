@@ -156,7 +156,7 @@ def describe(crop: CropParameters) -> list[str]:
     others = ["flip"] * crop.flip + ["gray"] * crop.grayscale
     if crop.blur:
         others.append(f"blur {crop.blur:.2f}")
-    return [*lines, ", ".join(others) or "no flip, gray, blur"]
+    return [*lines, ", ".join(others) or "no flip, gray or blur"]
 
 
 def _cell(image: Image.Image, lines: Sequence[str], width: int) -> Image.Image:

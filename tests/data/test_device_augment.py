@@ -12,10 +12,10 @@ import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
-from seer_scale.data.crops import cut_crops
 from torchvision import transforms
 
 from seer_scale.data.augment import CropParameters, MultiCrop, distort
+from seer_scale.data.crops import cut_crops
 from seer_scale.data.device_augment import COLUMNS, distort_batch, pack
 from seer_scale.data.order import sample_rng
 from seer_scale.data.tiles import load_photographs
