@@ -31,7 +31,7 @@ LABELS = {
     "host_crops": "this loader, augmenting on the device",
     "host_all": "this loader, augmenting on the host",
     "pil": "torchvision on Pillow",
-    "lightly": "lightly",
+    "lightly": "its SwaVTransform",
     "dataloader_pil": "DataLoader over ImageFolder",
     "dataloader_ours": "this loader over the same folder",
 }
@@ -130,7 +130,7 @@ def draw(rows: Sequence[bench.Row]) -> None:
             linewidth=0.5,
             label=f"{name}: {LABELS[name]}",
         )
-        axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+        axis.bar_label(bars, fmt=_short, fontsize=8, padding=2)
     axis.set_yscale("log")
     axis.set_ylabel("images per second and core")
     axis.set_xticks(range(len(sizes)), [f"{size.replace('x', ' x ')} pixels" for size in sizes])
@@ -138,6 +138,10 @@ def draw(rows: Sequence[bench.Row]) -> None:
     axis.legend(frameon=False, fontsize=9, loc="upper right")
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, dpi=150)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _version(package: str) -> str | None:
