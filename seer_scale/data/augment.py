@@ -115,7 +115,7 @@ def _blend(first: Pixels, weight: float, second: Pixels, other: float, offset: f
 def _adjust_hue(crop: Pixels, shift: float) -> Pixels:
     """Turns the colour circle by `shift` of a full turn, here 256 steps."""
     hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(shift * 256) % 256)  # wraps around
+    hsv[..., 0] += np.uint8(int(shift * 256) % 256)  # truncated as in torchvision; wraps around
     turned: Pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
     return turned
 

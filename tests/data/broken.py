@@ -144,7 +144,7 @@ def _png_flipped(rng: Rng) -> bytes:
 
 
 def _webp_bomb(rng: Rng) -> bytes:
-    side = int(rng.integers(12_000, 16_000))
+    side = int(rng.integers(14_000, 16_000))
     sides = struct.pack("<I", side - 1)[:3]
     extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + sides + sides
     body = b"WEBP" + extended + _encoded(rng, "WEBP")[12:]

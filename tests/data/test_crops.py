@@ -1,3 +1,4 @@
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -51,24 +52,30 @@ def test_crops_of_a_lossless_image_equal_torchvisions(photograph):
             assert difference.mean() < 0.1
 
 
-def test_scaled_decoding_changes_crops_little(photograph):
+@pytest.mark.parametrize("aligned", [True, False])
+def test_scaled_decoding_changes_crops_little(photograph, aligned):
     """Against all of the photograph decoded by Pillow, then cropped and resized."""
     large = photograph.resize((1600, 1200), Image.Resampling.BICUBIC)
     data = encode(large, "JPEG", quality=90)
     decoded = decode(data)
     differences, means, deviations = [], [], []
     for index in range(6):
-        crops, parameters = cut_crops(
-            data, lambda w, h, index=index: MULTI_CROP.draw(sample_rng(0, 0, index), w, h)
-        )
-        for crop, p in zip(crops, parameters, strict=True):
+        drawn = MULTI_CROP.draw(sample_rng(0, 0, index), *large.size)
+        if aligned:  # to the grid of the transform
+            boxes = [tuple(edge // 8 * 8 for edge in p.box) for p in drawn]
+            drawn = [dataclasses.replace(p, box=box) for p, box in zip(drawn, boxes, strict=True)]
+        crops, _ = cut_crops(data, lambda w, h, drawn=drawn: drawn)
+        for crop, p in zip(crops, drawn, strict=True):
             expected = reference(decoded, p)
             differences.append(np.abs(crop - expected).mean())
             means.append(crop.mean() - expected.mean())
             deviations.append(crop.std() / expected.std())
-    assert np.mean(differences) < 2
-    assert np.abs(means).max() < 0.5
-    assert np.mean(deviations) == pytest.approx(1, abs=0.02)
+    # The filters differ by less than a level. Boxes between the pixels of the scaled image are
+    # rounded to them, which moves the content by up to half a pixel of the crop, in no direction.
+    assert np.mean(differences) < (1.2 if aligned else 4)
+    assert np.abs(np.mean(means)) < 0.2
+    assert np.abs(means).max() < (0.3 if aligned else 2)
+    assert np.mean(deviations) == pytest.approx(1, abs=0.005)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -77,7 +84,7 @@ def test_boxes_hit_the_same_place_at_every_scale(ramp, orientation):
     exif[0x0112] = orientation
     data = encode(ramp, "JPEG", quality=95, exif=exif.tobytes())
     upright = decode(data)
-    for side in (50, 110, 210, 310, 410, 810, 1450):  # eighths 8, 8, 4, 3, 2, 1, 1 of crops of 100
+    for side in (50, 110, 210, 310, 410, 810, 1450):  # eighths 8, 8, 4, 4, 2, 1, 1 of crops of 100
         width = upright.width
         p = crop_of((width - side - 3, 31, width - 3, 31 + side), 100)
         (crop,), _ = cut_crops(data, lambda w, h, p=p: [p])
@@ -98,7 +105,7 @@ def test_scale_is_the_smallest_at_which_no_crop_is_enlarged():
     assert scale(100) == 8
     assert scale(20) == 8
     assert scale(800, 5000) == 1
-    assert scale(5000, 300) == 3  # the smaller box decides
+    assert scale(5000, 300) == 4  # the smaller box decides
 
 
 def test_size_is_checked_before_decoding(photograph):
