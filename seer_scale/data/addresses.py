@@ -25,12 +25,16 @@ def protocol_of(url: str) -> str:
 
 def redact(text: str) -> str:
     """`text` without what addresses in it carry of user names, passwords and signatures."""
+    if "://" not in text:
+        return text
     if is_remote(text):
         return _strip(text)
     return _ANY_ADDRESS.sub(lambda match: _strip(match[0]), text)
 
 
 def _strip(address: str) -> str:
+    if not any(sign in address for sign in "@?#"):
+        return address
     address = re.sub(r"://[^/]*@", "://", address)
     # Elsewhere than in HTTP, a question mark without assignments is a wildcard.
     secret = r"[?#].*" if address.lower().startswith("http") else r"\?.*=.*"

@@ -62,11 +62,6 @@ class ShardIndex(NamedTuple):
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
 
-    @property
-    def count(self) -> int:
-        """How many images there are."""
-        return len(self.images)
-
     def name(self, position: int) -> str:
         """Member name of an image."""
         start = int(self.name_ends[position - 1]) if position else 0

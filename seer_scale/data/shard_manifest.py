@@ -137,11 +137,16 @@ def _folder(path: str) -> str:
 
 
 def _json_rows(data: bytes, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
+    decode = json.JSONDecoder().decode
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"manifest {shown} is no UTF-8 text: {error.reason}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line or line.isspace():
             continue
         try:
-            row = json.loads(line)
+            row = decode(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"manifest {shown}, row {number} is no JSON: {error}") from error
         if not isinstance(row, dict):

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,8 @@ _REQUESTS = 8  # shards that are looked at side by side
 _LONGEST_LABEL = 1024  # bytes
 
 
-class _OpenShard(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
     file: FileIO
     index: ShardIndex
 
@@ -163,10 +165,10 @@ class TarShards:
                 index = _index(file, identity, self._cache)
             except DataError as error:
                 raise OSError(errno.EIO, str(error), redact(url)) from error
-        if index.count != count:
+        if len(index.images) != count:
             raise OSError(
                 errno.EIO,
-                f"the shard holds {index.count} images instead of the {count} of its manifest",
+                f"it holds {len(index.images)} images instead of the {count} of its manifest",
                 redact(url),
             )
         return _OpenShard(file, index)
@@ -221,7 +223,7 @@ def _look_near(path: str, cache: Cache | None) -> tuple[Shard, ShardIndex]:
     with file:
         index = _index(file, identity, cache)
         modified = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
-    return Shard(path, index.count, identity.size, modified), index
+    return Shard(path, len(index.images), identity.size, modified), index
 
 
 def _look_far(url: str, cache: Cache) -> tuple[Shard, str]:
@@ -236,7 +238,7 @@ def _look_far(url: str, cache: Cache) -> tuple[Shard, str]:
                 index = _index(file, identity, cache)
     except OSError as error:
         raise as_data_error(url, error) from error
-    return Shard(url, index.count, there.size, there.modified), there.tag
+    return Shard(url, len(index.images), there.size, there.modified), there.tag
 
 
 def _open_file(

@@ -267,11 +267,13 @@ def read_in_child(source, queue):
     queue.put(source.read(95))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_process_reads_too(http, folder, cache, originals, method):
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_child_process_reads_too(http, folder, cache, originals, pickled):
     source = open_shards(manifest_of(folder, f"http://127.0.0.1:{http.port}"), cache)
     assert source.read(0) == originals[0]  # connections and threads are there before the fork
-    context = multiprocessing.get_context(method)
+    if pickled:
+        source = pickle.loads(pickle.dumps(source))
+    context = multiprocessing.get_context("fork")  # others would import torch first
     queue = context.Queue()
     child = context.Process(target=read_in_child, args=(source, queue))
     child.start()

@@ -137,7 +137,7 @@ def test_missing_columns(tmp_path, column, suffix):
         ("m.jsonl", b"{", "row 1 is no JSON"),
         ("m.jsonl", b"\n[1]", "row 2 is no object: each line has to be one"),
         ("m.jsonl", b"[" * 100_000, "row 1 is no JSON"),
-        ("m.jsonl", b"\xff\xfe{}", "row 1 is no JSON"),
+        ("m.jsonl", b"\xff\xfe{}", "is no UTF-8 text"),
         ("m.jsonl", b"9" * 5000, "row 1 is no JSON"),
         ("m.parquet", b"", "is no Parquet file that can be read"),
         ("m.parquet", b"PAR1 and nothing more PAR1", "is no Parquet file that can be read"),
