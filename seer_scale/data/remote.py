@@ -117,7 +117,7 @@ def fetch(url: str, expected: Stat, descriptor: int, retry: Retry) -> None:
             continue
         _write(descriptor, data, position)
         position += len(data)
-        piece, failures = min(piece * 2, PIECE), 0
+        piece, failures = min(piece + piece // 4, PIECE), 0
     _repeat(url, retry, lambda: _check_same(url, expected))
 
 

@@ -111,15 +111,16 @@ class BadNetwork:
 
     Attributes:
         bytes_per_second: of every connection.
-        cut_after: bytes after which a connection breaks.
+        cut_every: bytes, of all connections, after which the one that carries them breaks.
         sent: bytes that went through to clients.
+        breaks: how often that happened.
     """
 
     def __init__(self, server_port: int) -> None:
         self._server_port, self.port = server_port, 0
         self.bytes_per_second: float | None = None
-        self.cut_after: int | None = None
-        self.sent = 0
+        self.cut_every: int | None = None
+        self.sent = self.breaks = self._since_cut = 0
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self.start()
@@ -163,19 +164,23 @@ class BadNetwork:
         self._open -= {client, server}
 
     def _carry(self, source: socket.socket, target: socket.socket, to_client: bool) -> None:
-        carried, most = 0, self.cut_after if to_client else None
         with suppress(OSError):
             while data := source.recv(16 << 10):
-                if most is not None:
-                    data = data[: most - carried]
-                target.sendall(data)
-                carried += len(data)
-                if to_client:
-                    self.sent += len(data)
-                    if carried == most:
-                        return
-                    if self.bytes_per_second:
-                        time.sleep(len(data) / self.bytes_per_second)
+                if not to_client:
+                    target.sendall(data)
+                    continue
+                room = len(data)
+                if self.cut_every is not None:
+                    room = max(self.cut_every - self._since_cut, 0)
+                target.sendall(data[:room])
+                self.sent += min(room, len(data))
+                self._since_cut += len(data)
+                if self.cut_every is not None and room <= len(data):
+                    self._since_cut = 0
+                    self.breaks += 1
+                    return
+                if self.bytes_per_second:
+                    time.sleep(len(data) / self.bytes_per_second)
 
 
 def _reset(end: socket.socket) -> None:

@@ -74,7 +74,8 @@ def test_many_processes_and_threads_share_one_download(server, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 30, QUICK)
     queue = FORK.Queue()
     children = [
-        FORK.Process(target=fetch_in_child, args=(cache, url(server, 1), queue)) for _ in range(2)
+        FORK.Process(target=fetch_in_child, args=(cache, url(server, 1), queue), daemon=True)
+        for _ in range(2)
     ]
     for child in children:
         child.start()
@@ -101,6 +102,7 @@ def test_what_was_not_used_for_longest_goes_first(server, tmp_path):
 
 def test_what_is_being_read_is_not_deleted(server, tmp_path):
     cache = Cache(tmp_path / "cache", 2 * SIZE, QUICK)
+    cache.local(url(server, 0))
     oldest = cache.open(url(server, 0)).file
     for number in (1, 2, 3):
         cache.local(url(server, number))
@@ -124,7 +126,7 @@ def test_a_killed_download_leaves_nothing_that_hurts(server, network, tmp_path):
     cache = Cache(tmp_path / "cache", 3 * SIZE, QUICK)
     network.bytes_per_second = 20_000
     queue = FORK.Queue()
-    child = FORK.Process(target=fetch_in_child, args=(cache, url(network, 1), queue))
+    child = FORK.Process(target=fetch_in_child, args=(cache, url(network, 1), queue), daemon=True)
     child.start()
     wait_for_part(cache)
     assert parts_in(cache)[0].stat().st_size == SIZE  # counts from its beginning
@@ -141,7 +143,9 @@ def test_a_killed_download_leaves_nothing_that_hurts(server, network, tmp_path):
 def test_a_killed_download_is_begun_anew(server, network, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 30, QUICK)
     network.bytes_per_second = 20_000
-    child = FORK.Process(target=fetch_in_child, args=(cache, url(network, 1), FORK.Queue()))
+    child = FORK.Process(
+        target=fetch_in_child, args=(cache, url(network, 1), FORK.Queue()), daemon=True
+    )
     child.start()
     wait_for_part(cache)
     os.kill(child.pid, signal.SIGKILL)
@@ -175,7 +179,7 @@ def test_size_and_tag_have_to_match(server, tmp_path):
 
 def test_a_failed_download_leaves_no_file(server, network, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 30, QUICK)
-    network.cut_after = 1000
+    network.cut_every = 1000
     with pytest.raises(OSError, match=r"\S"):
         cache.local(url(network, 1))
     assert not shards_in(cache)
@@ -193,7 +197,7 @@ def fill_disk(cache, address, queue):
 def test_a_full_disk_is_an_os_error(server, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 30, QUICK)
     queue = FORK.Queue()
-    child = FORK.Process(target=fill_disk, args=(cache, url(server, 1), queue))
+    child = FORK.Process(target=fill_disk, args=(cache, url(server, 1), queue), daemon=True)
     child.start()
     kind, text, left = queue.get(timeout=60)
     child.join()
@@ -205,6 +209,7 @@ def test_a_full_disk_is_an_os_error(server, tmp_path):
 
 def test_readers_lock_in_shared_mode(server, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 30, QUICK)
+    cache.local(url(server, 1))
     with cache.open(url(server, 1)).file, cache.open(url(server, 1)).file as file:
         assert pickle.loads(pickle.dumps(cache)).local(url(server, 1)).read_bytes()
         with open(file.name, "rb") as other, pytest.raises(BlockingIOError):
