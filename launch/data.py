@@ -15,13 +15,16 @@ sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 from seer_scale.data import bench  # noqa: E402
 from seer_scale.data.augment import MultiCrop  # noqa: E402
+from seer_scale.data.cache import Cache  # noqa: E402
 from seer_scale.data.contact_sheet import contact_sheet, spread, survey  # noqa: E402
+from seer_scale.data.index_report import index  # noqa: E402
 from seer_scale.data.sources import open_source  # noqa: E402
 from seer_scale.errors import DataError, UserError, exit_with  # noqa: E402
 
 EXAMPLES = """\
 PATH is what data.path takes: a folder of images, or tar shards.
 
+  python launch/data.py index "s3://bucket/shards/*.tar" --out shards.jsonl
   python launch/data.py inspect shards/ --out crops.png --count 12 --seed 1
   python launch/data.py bench --json bench.json
   python launch/data.py bench --images photos/ --seconds 10
@@ -114,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         help="decode N images from all over the collection; 0 means every one (2000)",
     )
 
+    text = "the shards of a collection with their images, as a table and as a manifest"
+    verb = verbs.add_parser("index", help=text, description=text, allow_abbrev=False)
+    verb.add_argument("path", metavar="PATH")
+    verb.add_argument("--cache", type=Path, metavar="DIR", help="for remote shards and indexes")
+    verb.add_argument("--cache-gib", type=float, default=50.0, help="its size limit (50)")
+    verb.add_argument("--out", metavar="FILE.jsonl", help="write a manifest")
+
     text = "images per second and core of this loader and of others"
     verb = verbs.add_parser("bench", help=text, description=text, allow_abbrev=False)
     verb.add_argument("--images", metavar="DIR", help="JPEGs; else photographs in three sizes")
@@ -128,6 +138,10 @@ def main(argv: list[str]) -> int:
     """The command line; 0, or 1 with a sentence."""
     arguments = _parser().parse_args(argv)
     match arguments.verb:
+        case "index":
+            limit = int(arguments.cache_gib * 2**30)
+            cache = Cache(arguments.cache, limit) if arguments.cache else None
+            index(arguments.path, cache, arguments.out, print)
         case "inspect":
             options = (arguments.out, arguments.count, arguments.seed, arguments.survey)
             inspect(arguments.path, *options)

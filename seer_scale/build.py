@@ -10,7 +10,10 @@ import torch
 
 from seer_scale.collection import Collection, InUse
 from seer_scale.config import RunConfig
-from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, build_loader, default_folder
+from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, build_loader
+from seer_scale.data.addresses import is_remote
+from seer_scale.data.cache import default_folder
+from seer_scale.data.shard_manifest import is_manifest
 from seer_scale.models import MultiCropModel, build_model
 from seer_scale.parallel import distributed
 from seer_scale.schedules import learning_rate, scaled_lr, warmup_start
@@ -49,8 +52,10 @@ def transform_of(config: RunConfig) -> MultiCrop:
 
 
 def cache_of(config: RunConfig) -> Cache | None:
-    """Where the run keeps copies of remote shards; None means the usual place."""
+    """Where the run keeps copies of remote shards; None if it has none."""
     data = config.data
+    if data.cache_dir is None and not is_remote(data.path) and not is_manifest(data.path):
+        return None
     folder = Path(data.cache_dir) if data.cache_dir else default_folder()
     return Cache(folder, int(data.cache_gib * 2**30))
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from seer_scale.data import Cache, Shard, Source
 from seer_scale.data import shard_manifest as manifests
+from seer_scale.data.tars import open_shards
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.parallel import distributed
 
@@ -172,7 +173,7 @@ class Collection:
         return self.in_use
 
     def _use(self, shards: list[Shard], origin: int) -> None:
-        self.source = manifests.open_shards(shards, self._cache)
+        self.source = open_shards(shards, self._cache)
         self.in_use = InUse(manifests.version_of(shards), origin)
 
     def _read_manifest(self) -> list[Shard]:
@@ -225,9 +226,7 @@ class Collection:
         path = self._run_dir / FOLDER / f"{version}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(".partial")
-            manifests.write_shards(fresh, shards)
-            fresh.rename(path)
+            manifests.write_shards(str(path), shards)
         return version
 
     def _load(self, run_dir: Path, version: str) -> list[Shard]:

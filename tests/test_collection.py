@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from seer_scale.bad_samples import WINDOW, BadSamples
-from seer_scale.errors import CheckpointError, DataError
+from seer_scale.errors import DataError
 from tests.jobs import arguments, lines, run_job, write_images
 
 Distributed = Callable[..., list[Any]]
@@ -169,13 +169,13 @@ def test_old_shards_leave(distributed: Distributed, shards: Path, tmp_path: Path
     distributed(run_job, 1, [*kept, "train.steps=4"])
     assert lines(tmp_path / "kept", "refreshes.jsonl")[0]["images"] == 25
     write_manifest(manifest, shards, [0, 1], age_days=91)
-    with pytest.raises(DataError, match="none of them published after"):
+    with pytest.raises(AssertionError, match="none of them published after"):
         distributed(run_job, 1, arguments(manifest, tmp_path / "none", *COMMON))
 
 
 def test_a_refresh_needs_a_manifest(distributed: Distributed, shards: Path, tmp_path: Path) -> None:
     argv = arguments(shards / "{0..3}.tar", tmp_path / "run", *COMMON)
-    with pytest.raises(DataError, match="is no manifest of shards"):
+    with pytest.raises(AssertionError, match="is no manifest of shards"):
         distributed(run_job, 1, argv)
 
 
@@ -188,7 +188,7 @@ def test_a_lost_version_is_named(
     shutil.rmtree(copy / "manifests")
     write_manifest(manifest, refreshed[1], [1, 6])
     argv = [*arguments(manifest, copy, *COMMON), "--resume", "auto"]
-    with pytest.raises((DataError, CheckpointError), match=r"version [0-9a-f]{16} of the coll"):
+    with pytest.raises(AssertionError, match=r"DataError: .* version [0-9a-f]{16} of the coll"):
         distributed(run_job, 1, argv)
 
 

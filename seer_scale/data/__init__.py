@@ -2,7 +2,7 @@
 
 from seer_scale.data.augment import MultiCrop
 from seer_scale.data.batches import BadSample, MicroBatch
-from seer_scale.data.cache import Cache, default_folder
+from seer_scale.data.cache import Cache
 from seer_scale.data.device import DeviceBatches
 from seer_scale.data.loader import MicroBatchLoader, build_loader
 from seer_scale.data.shard_manifest import Shard
@@ -20,7 +20,6 @@ __all__ = [
     "Source",
     "Tiles",
     "build_loader",
-    "default_folder",
     "open_source",
     "write_tiles",
 ]

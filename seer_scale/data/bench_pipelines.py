@@ -36,7 +36,7 @@ class HostCrops:
 
     def __call__(self, data: bytes) -> object:
         """Crops in uint8, or normalised tensors of every resolution."""
-        rng = sample_rng(0, 0, next(self._calls))
+        rng = sample_rng(0, next(self._calls))
         crops, parameters = cut_crops(data, partial(self._multi_crop.draw, rng))
         if not self._augment:
             return crops

@@ -75,7 +75,8 @@ class Cache:
                 pass
         except OSError as error:
             raise DataError(
-                f"the data cache {self.folder} cannot be written: {error.strerror or error}"
+                f"the data cache {self.folder} cannot be written ({error.strerror or error}): name "
+                "another folder as data.cache_dir"
             ) from error
 
     def open(self, url: str, size: int | None = None, tag: str = "") -> Copy:
@@ -186,10 +187,15 @@ class Cache:
             yield
 
 
-def default_cache() -> Cache:
+def default_folder() -> Path:
     """Below `$XDG_CACHE_HOME` or `~/.cache`."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Cache(Path(home) / "seer-scale" / "shards", DEFAULT_LIMIT)
+    return Path(home) / "seer-scale" / "shards"
+
+
+def default_cache() -> Cache:
+    """In the default folder, with the default limit."""
+    return Cache(default_folder(), DEFAULT_LIMIT)
 
 
 def mark(tag: str) -> str:

@@ -129,7 +129,7 @@ def _row(source: Source, index: int, multi_crop: MultiCrop, seed: int) -> Iterat
     """
     data = source.read(index)
     whole = decode(data)
-    crops, parameters = cut_crops(data, partial(multi_crop.draw, sample_rng(seed, 0, index)))
+    crops, parameters = cut_crops(data, partial(multi_crop.draw, sample_rng(seed, index)))
     about = [f"image {index}", f"{whole.width} x {whole.height}", f"{len(data):,} bytes"]
     whole.thumbnail((_THUMBNAIL, _THUMBNAIL))
     label = source.label(index)

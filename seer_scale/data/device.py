@@ -29,7 +29,9 @@ class DeviceBatches(Iterator[MicroBatch]):
 
     def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
         self._batches, self._device = batches, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ahead: MicroBatch | None = None
 
     def __next__(self) -> MicroBatch:

@@ -12,8 +12,9 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, Self
 
 import cv2
@@ -33,18 +34,23 @@ class _Pipeline(IterableDataset[MicroBatch | DataError]):
     """Micro-batches in their order, the samples of the next few under way meanwhile."""
 
     def __init__(
-        self, maker: BatchMaker, positions: Iterator[range], threads: int, prefetch: int
+        self,
+        maker: BatchMaker,
+        positions: Callable[[], Iterator[range]],
+        threads: int,
+        prefetch: int,
     ) -> None:
         self._maker, self._positions = maker, positions
         self._threads, self._prefetch = threads, prefetch
 
     def __iter__(self) -> Iterator[MicroBatch | DataError]:
         pool = ThreadPoolExecutor(max(1, self._threads))
+        positions = self._positions()
         under_way: deque[list[Future[Sample]]] = deque()
         try:
             while True:
                 while len(under_way) <= self._prefetch:
-                    under_way.append(self._maker.start(next(self._positions), pool))
+                    under_way.append(self._maker.start(next(positions), pool))
                 samples = [sample.result() for sample in under_way.popleft()]
                 yield self._maker.join(samples)
         except DataError as error:
@@ -124,7 +130,8 @@ def build_loader(
     """
     order = Order(source.shard_sizes, seed=seed, version=source.version, window=window)
     maker = BatchMaker(source, order, transform, seed=seed, origin=origin, augment_on=augment_on)
-    positions = rank_positions(
+    positions = partial(
+        rank_positions,
         first_sample,
         micro_batch_size=micro_batch_size,
         gradient_accumulation=gradient_accumulation,

@@ -49,6 +49,11 @@ class Shard:
     published: datetime | None
 
 
+def is_manifest(path: str) -> bool:
+    """Whether a data path is a manifest, by its suffix."""
+    return path.partition("?")[0].lower().endswith(MANIFEST_SUFFIXES)
+
+
 def read_shards(path: str, retry: Retry | None = None) -> list[Shard]:
     """Reads a manifest, local or remote; relative urls are relative to it.
 

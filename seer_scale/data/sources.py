@@ -21,7 +21,7 @@ from seer_scale.data.addresses import check_address, is_remote, protocol_of, red
 from seer_scale.data.cache import Cache, default_cache
 from seer_scale.data.remote import Retry, as_data_error, list_files, stat
 from seer_scale.data.shard_index import IMAGE_SUFFIXES, KINDS
-from seer_scale.data.shard_manifest import MANIFEST_SUFFIXES, Shard, read_shards
+from seer_scale.data.shard_manifest import Shard, is_manifest, read_shards
 from seer_scale.data.tars import index_shards, open_shards
 from seer_scale.errors import DataError
 
@@ -103,7 +103,7 @@ def open_source(path: str | os.PathLike[str], cache: Cache | None = None) -> Sou
     try:
         if os.path.isdir(text):
             return _open_folder(text, cache)
-        if text.lower().endswith(MANIFEST_SUFFIXES):
+        if is_manifest(text):
             return _open_manifest(text, cache)
         if not os.path.lexists(text) and any(sign in text for sign in "*?[{"):
             return index_shards(_expand(text), cache)
@@ -124,7 +124,7 @@ def open_source(path: str | os.PathLike[str], cache: Cache | None = None) -> Sou
 
 
 def _open_remote(url: str, cache: Cache) -> Source:
-    if url.partition("?")[0].lower().endswith(MANIFEST_SUFFIXES):
+    if is_manifest(url):
         return _open_manifest(url, cache)
     shards: list[str] = []
     for candidate in _braces(url):
