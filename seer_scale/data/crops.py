@@ -124,13 +124,11 @@ def _view(pixels: Pixels, box: Box, scale_x: float, scale_y: float) -> Pixels:
 
 def _resize(view: Pixels, size: int) -> Pixels:
     """Bilinear with antialiasing: Pillow's own filter, in torch's vectorised form."""
-    crop = np.empty((size, size, 3), np.uint8)
+    image, crops = np.ascontiguousarray(view)[None], np.empty((1, size, size, 3), np.uint8)
     # Given where to write, torch keeps the pixels interleaved; on its own it would separate them.
-    image, out = (
-        torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        for pixels in (np.ascontiguousarray(view), crop)
-    )
-    _RESIZE(image, [size, size], False, None, None, out=out)
+    out = torch.from_numpy(crops).permute(0, 3, 1, 2)
+    _RESIZE(torch.from_numpy(image).permute(0, 3, 1, 2), (size, size), False, out=out)
+    crop: Pixels = crops[0]
     return crop
 
 

@@ -25,6 +25,10 @@ MAX_SCANS = 100
 _JPEG, _PNG, _TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
 _SIGNATURES = (_JPEG, _PNG, *_TIFF, b"GIF8")
 
+# Pillow warns about odd metadata in images that it then decodes well. Silenced once, because
+# `warnings.catch_warnings` around every image would not be safe in several threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 class BadImage(Exception):  # noqa: N818 - an event that is counted, not a failure of the program
     """Bytes that cannot be used; `cause` is one of a few fixed phrases."""
@@ -44,23 +48,20 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise BadImage("zero bytes")
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata in images that it then decodes well.
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise BadImage("too large")
-            if data.startswith(_JPEG):
-                check_scans(data)
-            image.load()
-            return _to_rgb(_upright(image))
-        except BadImage:
-            raise
-        except Image.DecompressionBombError as error:
-            raise BadImage("too large") from error
-        except Exception as error:  # decoders raise whatever a broken file makes them trip over
-            raise BadImage(_cause(data, error)) from error
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise BadImage("too large")
+        if data.startswith(_JPEG):
+            check_scans(data)
+        image.load()
+        return _to_rgb(_upright(image))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("too large") from error
+    except Exception as error:  # decoders raise whatever a broken file makes them trip over
+        raise BadImage(_cause(data, error)) from error
 
 
 def check_scans(data: bytes) -> None:
