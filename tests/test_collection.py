@@ -163,10 +163,10 @@ def test_old_shards_leave(distributed: Distributed, shards: Path, tmp_path: Path
     text = manifest.read_text()
     write_manifest(manifest, shards, [2, 3, 4], age_days=89)
     manifest.write_text(text + manifest.read_text())
-    distributed(run_job, 1, [*arguments(manifest, run_dir, *COMMON), "train.steps=4"])
+    distributed(run_job, 1, arguments(manifest, run_dir, *COMMON))
     assert lines(run_dir, "refreshes.jsonl")[0]["images"] == 15
-    kept = [*arguments(manifest, tmp_path / "kept", *COMMON), "data.max_age_days=null"]
-    distributed(run_job, 1, [*kept, "train.steps=4"])
+    kept = arguments(manifest, tmp_path / "kept", *COMMON, "data.max_age_days=null")
+    distributed(run_job, 1, kept)
     assert lines(tmp_path / "kept", "refreshes.jsonl")[0]["images"] == 25
     write_manifest(manifest, shards, [0, 1], age_days=91)
     with pytest.raises(AssertionError, match="none of them published after"):

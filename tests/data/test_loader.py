@@ -12,12 +12,12 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from seer_scale.data.crops import cut_crops
-from seer_scale.data.device_augment import pack
 
 from seer_scale.data.augment import MultiCrop, distort
 from seer_scale.data.batches import MAX_REPLACEMENTS, BadSample
+from seer_scale.data.crops import cut_crops
 from seer_scale.data.device import finish
+from seer_scale.data.device_augment import pack
 from seer_scale.data.loader import build_loader
 from seer_scale.data.order import Order, sample_rng
 from seer_scale.errors import DataError

@@ -83,9 +83,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_on(path: str, run_dir: Path, cache: Path, size: int) -> list[str]:
     return arguments(
-        Path(path),
+        path,
         run_dir,
-        f"data.path={path}",
         *("train.steps=16", "train.micro_batch_size=8", "data.workers=2", "data.prefetch=1"),
         *("run.log_samples=true", "data.window=1", "optim.base_lr=0.01"),
         # room for two shards of six: all are fetched again and again
