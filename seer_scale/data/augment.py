@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from seer_scale.errors import ConfigError
@@ -62,13 +61,6 @@ class CropParameters:
     jitter_order: tuple[int, ...]
     grayscale: bool
     blur: float
-
-
-def cut(image: Image.Image, parameters: CropParameters) -> Image.Image:
-    """Crops and resizes with Pillow: what `crops.cut_crops` does without decoding everything."""
-    size = (parameters.size, parameters.size)
-    # Not `resize(box=...)`: near its edges that also looks at pixels outside the box.
-    return image.crop(parameters.box).resize(size, Image.Resampling.BILINEAR)
 
 
 def distort(crop: Pixels, parameters: CropParameters) -> Pixels:
@@ -141,7 +133,7 @@ def _blur_kernel(radius: float) -> NDArray[np.float32]:
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 `[..., size, size, 3]` to float32 `[..., 3, size, size]` of ImageNet's mean and std."""
     channels_first = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return channels_first.div_(255).sub_(mean).div_(std)
 
 
@@ -204,17 +196,6 @@ class MultiCrop:
             self._draw_crop(row, size, scale, width, height)
             for (size, scale), row in zip(crops, uniforms, strict=True)
         ]
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Tensor]:
-        """One tensor `[count, 3, size, size]` per resolution."""
-        parameters = iter(self.draw(rng, image.width, image.height))
-        resolutions = []
-        for size, count in zip(self.sizes, self.counts, strict=True):
-            pixels = np.empty((count, size, size, 3), np.uint8)
-            for crop, chosen in zip(pixels, parameters, strict=False):
-                crop[:] = distort(np.asarray(cut(image, chosen)), chosen)
-            resolutions.append(normalise(torch.from_numpy(pixels)))
-        return resolutions
 
     def _draw_crop(
         self,

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from scipy.stats import chisquare, ks_2samp, kstest
 from torchvision import transforms
 
-from seer_scale.data.augment import CropParameters, MultiCrop, cut, distort, normalise
+from seer_scale.data.augment import CropParameters, MultiCrop, distort, normalise
 from seer_scale.data.order import sample_rng
 from seer_scale.errors import ConfigError
 from seer_scale.preprocessing import MEAN, STD
@@ -31,7 +31,7 @@ def photographs():
 
 
 def draws(multi_crop, width=150, height=120):
-    return [p for i in range(DRAWS) for p in multi_crop.draw(sample_rng(5, 0, i), width, height)]
+    return [p for i in range(DRAWS) for p in multi_crop.draw(sample_rng(5, i), width, height)]
 
 
 @pytest.mark.parametrize("scale", [(0.14, 1.0), (0.05, 0.14)])
@@ -101,17 +101,6 @@ def test_choices_of_one_crop_are_independent():
 def test_zero_strengths_switch_off():
     crops = draws(MultiCrop((8,), (1,), ((1.0, 1.0),), color_distortion=0, blur_probability=0))
     assert all(p.jitter is None and p.blur == 0 for p in crops)
-
-
-def test_cut_equals_torchvisions_resized_crop(image):
-    multi_crop = MultiCrop((64, 32), (2, 4))
-    for index in range(20):
-        for p in multi_crop.draw(sample_rng(0, 0, index), *image.size):
-            left, top, right, bottom = p.box
-            expected = F.resized_crop(
-                image, top, left, bottom - top, right - left, [p.size, p.size]
-            )
-            assert np.array_equal(np.asarray(cut(image, p)), np.asarray(expected))
 
 
 def reference(crop, p: CropParameters):
@@ -206,7 +195,7 @@ def test_composition_has_torchvisions_statistics(photographs):
     ours, theirs = [], []
     for index in range(300):
         crop = photographs[index % len(photographs)]
-        (p,) = multi_crop.draw(sample_rng(1, 0, index), 96, 96)
+        (p,) = multi_crop.draw(sample_rng(1, index), 96, 96)
         ours.append(distort(np.asarray(crop), p))
         theirs.append(np.asarray(reference(crop, p)))
         used.add((p.flip, bool(p.jitter), p.grayscale, p.blur > 0))
@@ -223,13 +212,6 @@ def test_composition_has_torchvisions_statistics(photographs):
 def test_normalise_equals_torchvisions(image):
     expected = F.normalize(F.to_tensor(image), MEAN, STD)
     assert torch.equal(normalise(torch.from_numpy(np.array(image))), expected)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (3, 2)])
-def test_tiny_and_thin_images_give_full_crops(size):
-    crops = MultiCrop((16, 8), (2, 2))(Image.new("RGB", size, (9, 99, 199)), sample_rng(0, 0, 0))
-    assert [tuple(c.shape) for c in crops] == [(2, 3, 16, 16), (2, 3, 8, 8)]
-    assert all(c.isfinite().all() for c in crops)
 
 
 @pytest.mark.parametrize(

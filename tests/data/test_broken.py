@@ -19,7 +19,7 @@ def broken():
 
 
 def draw(width, height):
-    return MULTI_CROP.draw(sample_rng(0, 0, 0), width, height)
+    return MULTI_CROP.draw(sample_rng(0, 0), width, height)
 
 
 def cause_of(read, *arguments):

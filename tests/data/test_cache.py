@@ -218,7 +218,7 @@ def test_readers_lock_in_shared_mode(server, tmp_path):
 
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"the data cache .*/file/x cannot be written: Not a dir"):
+    with pytest.raises(DataError, match=r"the data cache .*/file/x cannot be written \(Not a dir"):
         Cache(tmp_path / "file/x", 10)
     with pytest.raises(DataError, match="is 0 bytes: it has to be positive"):
         Cache(tmp_path, 0)

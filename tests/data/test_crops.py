@@ -43,9 +43,9 @@ def test_crops_of_a_lossless_image_equal_torchvisions(photograph):
     for index in range(5):
         crops, parameters = cut_crops(
             encode(photograph, "PNG"),
-            lambda w, h, index=index: MULTI_CROP.draw(sample_rng(0, 0, index), w, h),
+            lambda w, h, index=index: MULTI_CROP.draw(sample_rng(0, index), w, h),
         )
-        assert parameters == MULTI_CROP.draw(sample_rng(0, 0, index), *photograph.size)
+        assert parameters == MULTI_CROP.draw(sample_rng(0, index), *photograph.size)
         for crop, p in zip(crops, parameters, strict=True):
             difference = np.abs(crop - reference(photograph, p))
             assert difference.max() <= 1  # the two implementations round differently
@@ -60,7 +60,7 @@ def test_scaled_decoding_changes_crops_little(photograph, aligned):
     decoded = decode(data)
     differences, means, deviations = [], [], []
     for index in range(6):
-        drawn = MULTI_CROP.draw(sample_rng(0, 0, index), *large.size)
+        drawn = MULTI_CROP.draw(sample_rng(0, index), *large.size)
         if aligned:  # to the grid of the transform
             boxes = [tuple(edge // 8 * 8 for edge in p.box) for p in drawn]
             drawn = [dataclasses.replace(p, box=box) for p, box in zip(drawn, boxes, strict=True)]
@@ -125,10 +125,20 @@ def test_threads_do_not_disturb_each_other(photograph):
     data = encode(photograph, "JPEG")
 
     def cut(index):
-        return cut_crops(data, lambda w, h: MULTI_CROP.draw(sample_rng(0, 0, index), w, h))[0]
+        return cut_crops(data, lambda w, h: MULTI_CROP.draw(sample_rng(0, index), w, h))[0]
 
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(cut, range(20)))
     for index, crops in enumerate(together):
         for crop, alone in zip(crops, cut(index), strict=True):
             assert np.array_equal(crop, alone)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (3, 2)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_tiny_and_thin_images_give_full_crops(size, kind):
+    rng = sample_rng(0, 0)
+    data = encode(Image.new("RGB", size, (9, 99, 199)), kind)
+    crops, _ = cut_crops(data, lambda w, h: MULTI_CROP.draw(rng, w, h))
+    assert [crop.shape for crop in crops] == [(64, 64, 3)] * 2 + [(40, 40, 3)] * 4
+    assert all(abs(crop.mean((0, 1)) - (9, 99, 199)).max() < 3 for crop in crops)

@@ -90,7 +90,7 @@ def by_pillow(crops, parameters):
 def random_parameters(count, seed=0, **fixed):
     """As a training draws them."""
     multi_crop = MultiCrop((SIDE,), (count,), ((0.14, 1.0),), **fixed)
-    return multi_crop.draw(sample_rng(seed, 0, 0), 640, 480)
+    return multi_crop.draw(sample_rng(seed, 0), 640, 480)
 
 
 def test_nothing_chosen_changes_nothing(crops):
@@ -291,7 +291,7 @@ def test_pixels_are_distributed_as_the_published_pipelines(name):
     pixels, chosen = [], []
     for index in range(count):
         crop, parameters = cut_crops(
-            buffer.getvalue(), partial(multi_crop.draw, sample_rng(3, 0, index))
+            buffer.getvalue(), partial(multi_crop.draw, sample_rng(3, index))
         )
         pixels += crop
         chosen += parameters
