@@ -30,6 +30,12 @@ setup(
         "pyyaml>=6",
         "numpy>=1.26",
         "pillow>=12.2",
+        "simplejpeg>=1.8",
+        "opencv-python-headless>=4.10",
+        "fsspec[http]>=2025.3",
+        "s3fs>=2025.3",
+        "pyarrow>=17",
+        "filelock>=3.15",
         "braceexpand>=0.1.7",
         "matplotlib>=3.9",
         "psutil>=6",
@@ -42,6 +48,7 @@ setup(
         # The photographs of `make demo`.
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "dev": [
+            "moto[server]>=5.1",
             "mypy>=2",
             "pytest>=9",
             "pytest-timeout>=2.4",

@@ -61,7 +61,7 @@ def run(arguments: Arguments) -> int:
             f"--resume auto: {config.run.dir} holds no checkpoint, so this run starts afresh",
             file=sys.stderr,
         )
-    source = open_source(config.data.path)
+    source = open_source(config.data.path, build.cache_of(config))
 
     # Longer than the watchdog's patience, which names the ranks that are missing.
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seer_scale.collection import Collection, InUse
 from seer_scale.config import RunConfig
-from seer_scale.data import MicroBatchLoader, MultiCrop, Source, build_loader
+from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, build_loader
+from seer_scale.data.addresses import is_remote
+from seer_scale.data.cache import default_folder
+from seer_scale.data.shard_manifest import is_manifest
 from seer_scale.models import MultiCropModel, build_model
 from seer_scale.parallel import distributed
 from seer_scale.schedules import learning_rate, scaled_lr, warmup_start
@@ -47,10 +51,43 @@ def transform_of(config: RunConfig) -> MultiCrop:
     )
 
 
-def batches_of(config: RunConfig, source: Source, first_sample: int) -> MicroBatchLoader:
+def cache_of(config: RunConfig) -> Cache | None:
+    """Where the run keeps copies of remote shards; None if it has none."""
+    data = config.data
+    if data.cache_dir is None and not is_remote(data.path) and not is_manifest(data.path):
+        return None
+    folder = Path(data.cache_dir) if data.cache_dir else default_folder()
+    return Cache(folder, int(data.cache_gib * 2**30))
+
+
+def collection_of(
+    config: RunConfig,
+    source: Source,
+    *,
+    saved: InUse | None,
+    saved_run: Path,
+    cursor: int,
+    say: Callable[[str], None],
+) -> Collection:
+    """The collection the run reads from position `cursor` on; see `Collection`."""
+    return Collection(
+        source,
+        path=config.data.path,
+        cache=cache_of(config),
+        run_dir=Path(config.run.dir),
+        refresh=config.data.refresh_every,
+        max_age_days=config.data.max_age_days,
+        saved=saved,
+        saved_run=saved_run,
+        cursor=cursor,
+        say=say,
+    )
+
+
+def batches_of(config: RunConfig, collection: Collection, first_sample: int) -> MicroBatchLoader:
     """This rank's micro-batches from the stream's position `first_sample` on."""
     return build_loader(
-        source,
+        collection.source,
         transform_of(config),
         seed=config.run.seed,
         micro_batch_size=config.train.micro_batch_size,
@@ -58,7 +95,11 @@ def batches_of(config: RunConfig, source: Source, first_sample: int) -> MicroBat
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         first_sample=first_sample,
+        origin=collection.in_use.origin,
+        window=config.data.window,
+        augment_on=config.data.augment_on,
         workers=config.data.workers,
+        prefetch=config.data.prefetch,
     )
 
 

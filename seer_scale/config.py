@@ -215,7 +215,10 @@ class ShardingSection(Section):
 
 
 class DataSection(Section):
-    path: Text = Field(description="an image folder, a tar shard, a folder or a pattern of shards")
+    path: Text = Field(
+        description="an image folder, a tar shard, a folder or a pattern of shards, a manifest of "
+        "shards (.jsonl, .parquet); http(s)://, s3:// or any other address fsspec knows"
+    )
     crop_sizes: CropSizes = Field(description="pixels, one per resolution, e.g. [224, 96]")
     crop_counts: PositiveInts = Field(description="crops per resolution, e.g. [2, 4]")
     crop_scales: Scales | None = Field(
@@ -225,7 +228,38 @@ class DataSection(Section):
     )
     color_distortion: NonNegativeFloat = Field(1.0, description="strength of colour jitter")
     blur_probability: Fraction = Field(0.5, description="Gaussian blur, radius 0.1 to 2 pixels")
-    workers: NonNegative = Field(4, description="loader processes per rank")
+    augment_on: Literal["host", "device"] = Field(
+        "host",
+        description="who flips, distorts colours and blurs: the loader's threads, or the device "
+        "in batches",
+    )
+    workers: NonNegative = Field(
+        4,
+        description="threads per rank that read and cut, in a process of their own; 0: in the "
+        "trainer",
+    )
+    prefetch: Positive = Field(4, description="micro-batches made ahead, per rank")
+    window: Positive = Field(16, description="shards whose images are mixed with each other")
+    refresh: (
+        Annotated[
+            str,
+            Field(
+                pattern=r"^every [1-9]\d* (steps|hours)$",
+                json_schema_extra={"allowed": "every N steps or every N hours"},
+            ),
+        ]
+        | None
+    ) = Field(None, description="when a manifest is read again; null means never")
+    max_age_days: Positive | None = Field(
+        90, description="with refresh, shards published longer ago leave; null keeps them"
+    )
+    max_bad_fraction: Fraction = Field(
+        0.2, description="share of unusable images, over the last 1000, that ends the run"
+    )
+    cache_dir: Text | None = Field(
+        None, description="for copies of remote shards; null means ~/.cache/seer-scale/shards"
+    )
+    cache_gib: PositiveFloat = Field(50.0, description="size limit of that folder")
 
     @model_validator(mode="after")
     def _crops_fit_together(self) -> Self:
@@ -258,6 +292,14 @@ class DataSection(Section):
     def scales(self) -> tuple[tuple[float, float], ...]:
         """`crop_scales`, or SwAV's: large crops of the first resolution, small ones of the rest."""
         return self.crop_scales or ((0.14, 1.0), *[(0.05, 0.14)] * (len(self.crop_sizes) - 1))
+
+    @property
+    def refresh_every(self) -> tuple[int, Literal["steps", "hours"]] | None:
+        """The number and the unit of `refresh`."""
+        if self.refresh is None:
+            return None
+        _, number, unit = self.refresh.split()
+        return int(number), "steps" if unit == "steps" else "hours"
 
 
 class CheckpointSection(Section):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seer_scale import build
 from seer_scale.checkpoint import Outcome, Saver
+from seer_scale.collection import InUse
 from seer_scale.config import RunConfig
 from seer_scale.errors import CheckpointError
 from seer_scale.parallel import distributed
@@ -28,12 +29,15 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     best_loss: float = math.inf  # smallest mean loss between two checkpoints
+    collection: InUse | None = None  # what is read, and since when
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
         """The state that a checkpoint's manifest holds."""
         try:
-            return cls(**manifest["state"])
+            state = dict(manifest["state"])
+            in_use = state.pop("collection")
+            return cls(**state, collection=in_use and InUse(**in_use))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
 

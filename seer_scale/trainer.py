@@ -23,9 +23,10 @@ from torch import Tensor
 
 from seer_scale import build, recipe
 from seer_scale.announce import announce
+from seer_scale.bad_samples import BadSamples
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.config import RunConfig
-from seer_scale.data import BadSample, MicroBatch, Source
+from seer_scale.data import BadSample, DeviceBatches, MicroBatch, Source
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective, collapse_warning
@@ -110,12 +111,21 @@ class Trainer:
             if self.engine.loss_scale and saved_scale:  # neither, if the precision was another
                 self.engine.loss_scale.load(saved_scale)
             self._load_rank_state(reader)
-        self.batches = build.batches_of(config, source, self.state.samples_seen)
-        self.watchdog = Watchdog(60 * config.run.hang_minutes)
-        self.records = self._open_records()
         self.progress = (
             Progress(config.train.steps, self.state.step) if distributed.is_main() else None
         )
+        self.collection = build.collection_of(
+            config,
+            source,
+            saved=self.state.collection,
+            saved_run=reader.folder.parents[1] if reader else self.run_dir,
+            cursor=self.state.samples_seen,
+            say=self._say,
+        )
+        self._open_batches()
+        self.bad_samples = BadSamples(config.data.max_bad_fraction)
+        self.watchdog = Watchdog(60 * config.run.hang_minutes)
+        self.records = self._open_records()
         self.saves = Saves(config, self.tracker, self.records, self._say)
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         announce(
@@ -130,8 +140,8 @@ class Trainer:
 
     # --------------------------------------------------------------------------- one step
 
-    def train_step(self) -> tuple[dict[str, float], Stop]:
-        """One optimizer step: its metrics, and whether some rank was asked to stop."""
+    def train_step(self) -> tuple[dict[str, float], Stop, bool]:
+        """One optimizer step: its metrics, who was asked to stop, is the manifest to be read."""
         began = time.perf_counter()
         self._apply_schedules()
         sums: dict[str, Tensor] = {}
@@ -140,12 +150,11 @@ class Trainer:
         for micro in range(self.config.train.gradient_accumulation):
             asked = time.perf_counter()
             self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
-            batch = next(self.batches)
+            batch = next(self.device_batches)
             self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
             waited += time.perf_counter() - asked
             micro_batches.append(batch)
-            crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
-            embeddings, scores = self.engine(crops, getattr(self.objective, "queue", None))
+            embeddings, scores = self.engine(batch.crops, getattr(self.objective, "queue", None))
             loss, metrics = self.objective(embeddings, scores)
             self.engine.backward(loss)
             grad_norm = self.engine.step()
@@ -156,7 +165,7 @@ class Trainer:
         self.state.advance(self.global_batch)
 
         # The step's one wait for the device.
-        means, bad, stop = self._reduce(sums, micro_batches)
+        means, bad, stop, refresh = self._reduce(sums, micro_batches)
         scale = self.engine.loss_scale
         skipped = scale is not None and scale.overflowed
         # All are the same on every rank, so all stop here, before such weights are saved.
@@ -169,23 +178,27 @@ class Trainer:
             )
         self._record_samples(micro_batches, bad)
         seconds = time.perf_counter() - began
-        return {
-            **means,
-            "lr": self.engine.param_groups[0]["lr"],
-            # JSON has no infinity; loss_scale_overflow says that this step was skipped.
-            **({} if skipped else {"grad_norm": float(grad_norm)}),
-            **(
-                {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
-                if scale
-                else {}
-            ),
-            "images_per_second": self.global_batch / seconds,
-            "step_time": seconds,
-            "data_time": waited,
-            "peak_memory_gib": peak_memory_gib(self.device),
-            "samples_seen": self.state.samples_seen,
-            "bad_samples": bad,
-        }, stop
+        return (
+            {
+                **means,
+                "lr": self.engine.param_groups[0]["lr"],
+                # JSON has no infinity; loss_scale_overflow says that this step was skipped.
+                **({} if skipped else {"grad_norm": float(grad_norm)}),
+                **(
+                    {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
+                    if scale
+                    else {}
+                ),
+                "images_per_second": self.global_batch / seconds,
+                "step_time": seconds,
+                "data_time": waited,
+                "peak_memory_gib": peak_memory_gib(self.device),
+                "samples_seen": self.state.samples_seen,
+                "bad_samples": bad,
+            },
+            stop,
+            refresh,
+        )
 
     def _apply_schedules(self) -> None:
         step = self.state.step
@@ -198,18 +211,20 @@ class Trainer:
 
     def _reduce(
         self, sums: Mapping[str, Tensor], micro_batches: list[MicroBatch]
-    ) -> tuple[dict[str, float], int, Stop]:
-        """Means over ranks and micro-batches, bad images and the wish to stop; one all-reduce."""
+    ) -> tuple[dict[str, float], int, Stop, bool]:
+        """Means over ranks and micro-batches, bad images, and what ranks wish; one all-reduce."""
         bad = sum(len(batch.bad) for batch in micro_batches)
         scale = 1 / (distributed.world_size() * self.config.train.gradient_accumulation)
         stop, requeue = self._stop_signal is not None, self._stop_signal in REQUEUE_SIGNALS
-        own = [*sums.values(), *torch.tensor([float(bad), float(stop), float(requeue)])]
-        stacked = torch.stack([value.to(self.device) for value in own])
-        *means, total_bad, stops, requeues = distributed.all_reduce(stacked).tolist()
+        due = self.collection.due(self.state.step, self.state.samples_seen)
+        wishes = torch.tensor([bad, stop, requeue, due], dtype=torch.float32)
+        stacked = torch.stack([value.to(self.device) for value in (*sums.values(), *wishes)])
+        *means, total_bad, stops, requeues, dues = distributed.all_reduce(stacked).tolist()
         return (
             {name: mean * scale for name, mean in zip(sums, means, strict=True)},
             int(total_bad),
             Stop.REQUEUE if requeues else Stop.DONE if stops else Stop.NO,
+            bool(dues),
         )
 
     def _record_samples(self, micro_batches: list[MicroBatch], bad: int) -> None:
@@ -221,8 +236,10 @@ class Trainer:
         if bad:
             mine = [sample for batch in micro_batches for sample in batch.bad]
             everyone: list[BadSample] = distributed.gather_lists(mine)
+            self.bad_samples.count([sample.cause for sample in everyone])
             if self.records:
                 self.records.bad_samples(self.state.step, everyone)
+        self.bad_samples.observe(self.global_batch, bad)
 
     # --------------------------------------------------------------------------- the loop
 
@@ -236,9 +253,11 @@ class Trainer:
         stop = Stop.NO
         self.watchdog.at(self.state.step, 0, "beginning")
         while self.state.step < self.config.train.steps and stop is Stop.NO:
-            metrics, stop = self.train_step()
+            metrics, stop, refresh = self.train_step()
             self._log({**metrics, **self.saves.metrics()})
             self.saves.settle()
+            if refresh:
+                self._read_manifest()
             last = stop is not Stop.NO or self.state.step == self.config.train.steps
             if last or self.state.step % self.config.checkpoint.every == 0:
                 self.watchdog.at(self.state.step + 1, -1, "saving")
@@ -267,7 +286,9 @@ class Trainer:
             self.progress.close()
         if self.records:
             self.records.close()
-            for name in ("curve.png", "metrics.jsonl", "bad_samples.jsonl"):
+            if causes := self.bad_samples.report():
+                self._say(f"images that could not be used and were replaced: {causes}")
+            for name in ("curve.png", "metrics.jsonl", "bad_samples.jsonl", "refreshes.jsonl"):
                 if (self.run_dir / name).exists():
                     self.tracker.log_artifact(self.run_dir / name)
         # Nobody who stopped a run wants to wait for its records.
@@ -303,6 +324,21 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.progress:
             self.progress.say(text)
+
+    # --------------------------------------------------------------------------- the images
+
+    def _open_batches(self) -> None:
+        """Images of the collection in use, from where the run is."""
+        self.state.collection = self.collection.in_use
+        self.batches = build.batches_of(self.config, self.collection, self.state.samples_seen)
+        self.device_batches = DeviceBatches(self.batches, self.device)
+
+    def _read_manifest(self) -> None:
+        """Between two steps of all ranks; what was made ahead of another collection is dropped."""
+        self.watchdog.at(self.state.step + 1, -2, "reading the manifest of shards")
+        if self.collection.refresh(self.state.samples_seen):
+            self.batches.close()
+            self._open_batches()
 
     # --------------------------------------------------------------------------- building
 

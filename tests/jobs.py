@@ -24,7 +24,7 @@ def write_images(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
+def arguments(data: Path | str, run_dir: Path, *more: str) -> list[str]:
     """`debug` on `data`, without tracking unless `more` says otherwise."""
     return [
         *("--recipe", "debug", f"data.path={data}", f"run.dir={run_dir}"),

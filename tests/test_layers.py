@@ -20,6 +20,8 @@ LAYERS = {
     "seer_scale.build": 3,
     "seer_scale.check": 3,
     "seer_scale.rank_state": 3,
+    "seer_scale.bad_samples": 2,
+    "seer_scale.collection": 2,
     "seer_scale.saves": 3,
     "seer_scale.announce": 3,
     "seer_scale.checkpoint": 2,

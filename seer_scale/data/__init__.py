@@ -1,15 +1,22 @@
 """From encoded images to micro-batches of crops."""
 
 from seer_scale.data.augment import MultiCrop
-from seer_scale.data.loader import BadSample, MicroBatch, MicroBatchLoader, build_loader
+from seer_scale.data.batches import BadSample, MicroBatch
+from seer_scale.data.cache import Cache
+from seer_scale.data.device import DeviceBatches
+from seer_scale.data.loader import MicroBatchLoader, build_loader
+from seer_scale.data.shard_manifest import Shard
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.tiles import Tiles, write_tiles
 
 __all__ = [
     "BadSample",
+    "Cache",
+    "DeviceBatches",
     "MicroBatch",
     "MicroBatchLoader",
     "MultiCrop",
+    "Shard",
     "Source",
     "Tiles",
     "build_loader",

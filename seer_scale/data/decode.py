@@ -19,6 +19,17 @@ MAX_PIXELS = 100_000_000
 """Width times height that is still decoded: 300 MB as RGB."""
 
 
+MAX_SCANS = 100
+"""Passes of a progressive JPEG; encoders make about 10, each costs time for the whole image."""
+
+_JPEG, _PNG, _TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
+_SIGNATURES = (_JPEG, _PNG, *_TIFF, b"GIF8")
+
+# Pillow warns about odd metadata in images that it then decodes well. Silenced once, because
+# `warnings.catch_warnings` around every image would not be safe in several threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 class BadImage(Exception):  # noqa: N818 - an event that is counted, not a failure of the program
     """Bytes that cannot be used; `cause` is one of a few fixed phrases."""
 
@@ -31,34 +42,59 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes the first frame of an image to RGB, turned as its EXIF orientation says.
 
     Raises:
-        BadImage: "zero bytes", "not an image", "too large" (by its header, before any pixel is
-            decoded), "truncated" or "damaged".
+        BadImage: "zero bytes"; "not an image" of `FORMATS`; by its header, before any pixel is
+            decoded, "too large" or "too many scans"; "truncated"; or "damaged", which includes
+            variants of a format that no decoder here knows.
     """
     if not data:
         raise BadImage("zero bytes")
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata in images that it then decodes well.
-        warnings.simplefilter("ignore")
-        image = _open(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise BadImage("too large")
-        try:
-            image.load()
-            return _to_rgb(_upright(image))
-        except Exception as error:  # decoders raise whatever a broken file makes them trip over
-            raise BadImage("truncated" if "truncated" in str(error) else "damaged") from error
-
-
-def _open(data: bytes) -> Image.Image:
-    """Reads the header only."""
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise BadImage("not an image") from error
+        if data.startswith(_JPEG):
+            check_scans(data)
+        image.load()
+        return _to_rgb(_upright(image))
+    except BadImage:
+        raise
     except Image.DecompressionBombError as error:
         raise BadImage("too large") from error
-    except Exception as error:
-        raise BadImage("damaged") from error
+    except Exception as error:  # decoders raise whatever a broken file makes them trip over
+        raise BadImage(_cause(data, error)) from error
+
+
+def check_scans(data: bytes) -> None:
+    """Refuses a JPEG whose scans would keep a decoder busy for minutes, without decoding it.
+
+    Raises:
+        BadImage: "too many scans".
+    """
+    # In compressed data FF is always followed by 00 or D0 to D7, so hardly anything else counts.
+    if data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadImage("too many scans")
+
+
+def _cause(data: bytes, error: Exception) -> str:
+    """What is wrong with a file that Pillow cannot open or decode."""
+    if "truncated" in str(error).lower() or _ends_early(data):
+        return "truncated"
+    known = data.startswith(_SIGNATURES) or data[8:12] == b"WEBP"
+    unidentified = isinstance(error, UnidentifiedImageError) and not known
+    return "not an image" if unidentified else "damaged"
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether the file's own marks say that its end is missing."""
+    if data.startswith(_JPEG):
+        return b"\xff\xd9" not in data
+    if data.startswith(_PNG):
+        return b"IEND" not in data
+    if data[8:12] == b"WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data.startswith(_TIFF):
+        return len(data) <= int.from_bytes(data[4:8], "little" if data[0] == ord("I") else "big")
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

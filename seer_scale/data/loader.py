@@ -1,7 +1,8 @@
-"""The endless stream of micro-batches of one rank.
+"""The endless stream of micro-batches of one rank, made by threads of a process of its own.
 
-Everything in a micro-batch follows from (seed, position): workers only change when it is ready.
-Broken images are replaced by the next good one, so that batches stay full, and reported.
+Threads share what they read and need no copy between them, since decoding and resizing let go of
+Python's lock. They are not the trainer's threads, because whatever holds that lock there holds up
+the launch of kernels. Workers only change when a micro-batch is ready, never what is in it.
 """
 
 from __future__ import annotations
@@ -10,99 +11,57 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal, Self
 
-import numpy as np
+import cv2
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from seer_scale.data.decode import BadImage, decode
-from seer_scale.data.order import rank_positions, sample_at, sample_rng
+from seer_scale.data.augment import MultiCrop
+from seer_scale.data.batches import BatchMaker, MicroBatch, Sample
+from seer_scale.data.order import Order, rank_positions
 from seer_scale.data.sources import Source
 from seer_scale.errors import DataError
-
-MAX_REPLACEMENTS = 100
-
-Transform = Callable[[Image.Image, np.random.Generator], list[Tensor]]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class BadSample(NamedTuple):
-    """An image that could not be used, and why."""
+class _Pipeline(IterableDataset[MicroBatch | DataError]):
+    """Micro-batches in their order, the samples of the next few under way meanwhile."""
 
-    name: str
-    cause: str
+    def __init__(
+        self,
+        maker: BatchMaker,
+        positions: Callable[[], Iterator[range]],
+        threads: int,
+        prefetch: int,
+    ) -> None:
+        self._maker, self._positions = maker, positions
+        self._threads, self._prefetch = threads, prefetch
 
-
-class MicroBatch(NamedTuple):
-    """What one rank feeds through the model at once.
-
-    Attributes:
-        crops: one tensor `[count * B, 3, size, size]` per resolution, crop-major: crop 0 of all
-            samples, then crop 1 of all samples.
-        sample_ids: `[B]` int64, the numbers of the images that were really read.
-        bad: the images that were replaced.
-    """
-
-    crops: list[Tensor]
-    sample_ids: Tensor
-    bad: list[BadSample]
-
-
-class _MicroBatches(Dataset[MicroBatch | DataError]):
-    """Micro-batches by their positions."""
-
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
-        self._source, self._transform, self._seed = source, transform, seed
-
-    def __getitem__(self, positions: Sequence[int]) -> MicroBatch | DataError:
+    def __iter__(self) -> Iterator[MicroBatch | DataError]:
+        pool = ThreadPoolExecutor(max(1, self._threads))
+        positions = self._positions()
+        under_way: deque[list[Future[Sample]]] = deque()
         try:
-            return self._read(positions)
+            while True:
+                while len(under_way) <= self._prefetch:
+                    under_way.append(self._maker.start(next(positions), pool))
+                samples = [sample.result() for sample in under_way.popleft()]
+                yield self._maker.join(samples)
         except DataError as error:
             # Raised here, it would reach the user wrapped in the traceback of a worker.
-            return error
-
-    def _read(self, positions: Sequence[int]) -> MicroBatch:
-        samples: list[list[Tensor]] = []
-        ids: list[int] = []
-        bad: list[BadSample] = []
-        for position in positions:
-            epoch, index = sample_at(position, size=len(self._source), seed=self._seed)
-            image, used = read_image(self._source, index, bad)
-            samples.append(self._transform(image, sample_rng(self._seed, epoch, index)))
-            ids.append(used)
-        by_resolution = zip(*samples, strict=True)
-        crops = [torch.stack(parts, dim=1).flatten(0, 1) for parts in by_resolution]
-        return MicroBatch(crops, torch.tensor(ids), bad)
-
-
-def read_image(source: Source, index: int, bad: list[BadSample]) -> tuple[Image.Image, int]:
-    """Image `index` or the next good one after it, with its number; adds bad ones to `bad`.
-
-    Raises:
-        DataError: none of the next `MAX_REPLACEMENTS` images can be used.
-    """
-    attempts = min(MAX_REPLACEMENTS, len(source))
-    for candidate in ((index + attempt) % len(source) for attempt in range(attempts)):
-        try:
-            return decode(source.read(candidate)), candidate
-        except BadImage as error:
-            cause = error.cause
-        except OSError as error:
-            cause = f"unreadable: {error.strerror}"
-        bad.append(BadSample(source.name(candidate), cause))
-    raise DataError(
-        f"{attempts} images in a row cannot be used, the last one is {bad[-1].name}"
-        f" ({bad[-1].cause}): check data.path"
-    )
+            yield error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class MicroBatchLoader(Iterator[MicroBatch]):
-    """An iterator without end that owns its worker processes; use it as a context or close it."""
+    """An iterator without end that owns its worker process; use it as a context or close it."""
 
     def __init__(self, batches: DataLoader[MicroBatch | DataError]) -> None:
         # Started while stop signals are blocked, all children inherit the block: Ctrl-C and the
@@ -122,8 +81,12 @@ class MicroBatchLoader(Iterator[MicroBatch]):
         return item
 
     def close(self) -> None:
-        """Ends the workers; no batches come afterwards."""
-        self._iterator = None
+        """Ends the worker; no batches come afterwards."""
+        workers = getattr(self._iterator, "_workers", [])
+        self._iterator = None  # asks them to end, and waits some seconds
+        for worker in workers:
+            if worker.is_alive():  # in the middle of a read that is tried again and again
+                worker.kill()
 
     def __enter__(self) -> Self:
         return self
@@ -134,30 +97,41 @@ class MicroBatchLoader(Iterator[MicroBatch]):
 
 def build_loader(
     source: Source,
-    transform: Transform,
+    transform: MultiCrop,
     *,
     seed: int,
     micro_batch_size: int,
-    gradient_accumulation: int,
-    rank: int,
-    world_size: int,
-    first_sample: int,
+    gradient_accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    first_sample: int = 0,
+    origin: int = 0,
+    window: int = 16,
+    augment_on: Literal["host", "device"] = "host",
     workers: int,
+    prefetch: int = 4,
 ) -> MicroBatchLoader:
     """Micro-batches of `rank` from the sample at position `first_sample` on.
 
     Args:
         source: where the images come from.
-        transform: crops of one image, drawn from the given generator.
+        transform: draws the crops of an image.
         seed: of sample order and augmentation.
         micro_batch_size: images per micro-batch and rank.
         gradient_accumulation: micro-batches per step.
         rank: this rank.
         world_size: ranks that share each step.
         first_sample: samples that all ranks together have seen before.
-        workers: processes that decode and augment; 0 does it in the caller's thread.
+        origin: how many of them came before this collection was in use.
+        window: shards whose images are mixed with each other.
+        augment_on: who distorts the crops; see `MicroBatch`.
+        workers: threads that read and cut, in one process; 0 does it in the caller's thread.
+        prefetch: micro-batches that are made ahead.
     """
-    positions = rank_positions(
+    order = Order(source.shard_sizes, seed=seed, version=source.version, window=window)
+    maker = BatchMaker(source, order, transform, seed=seed, origin=origin, augment_on=augment_on)
+    positions = partial(
+        rank_positions,
         first_sample,
         micro_batch_size=micro_batch_size,
         gradient_accumulation=gradient_accumulation,
@@ -167,16 +141,15 @@ def build_loader(
     options: dict[str, Any] = {}
     if workers:
         options = {
-            "num_workers": workers,
-            "prefetch_factor": 2,
+            "num_workers": 1,
+            "prefetch_factor": max(1, prefetch),
             "multiprocessing_context": _worker_context(),
             "worker_init_fn": _init_worker,
         }
     return MicroBatchLoader(
         DataLoader(
-            _MicroBatches(source, transform, seed),
+            _Pipeline(maker, positions, workers, prefetch if workers else 0),
             batch_size=None,  # an item is a whole micro-batch already
-            sampler=positions,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or it would draw from the trainer's own
@@ -193,7 +166,7 @@ def _worker_context() -> multiprocessing.context.BaseContext:
     """Workers are forked from a clean server process.
 
     Forking the trainer itself would copy the locks of its communication threads in whatever state
-    they are; spawning would import torch once per worker instead of once.
+    they are; spawning would import torch anew for every rank instead of once.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -202,6 +175,7 @@ def _worker_context() -> multiprocessing.context.BaseContext:
 
 def _init_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    cv2.setNumThreads(1)  # the pipeline's own threads are as many as are asked for
     # Batches are prefetched; a trainer that wakes for a collective must not queue behind them.
     os.nice(19)
     # torch's own watch looks at the parent process, which here is the server, not the trainer.

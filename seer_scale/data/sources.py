@@ -1,37 +1,43 @@
 """Where encoded images come from: a folder tree, or WebDataset tar shards read at random.
 
-A source is a numbered list of encoded images. It is indexed once, when it is opened, so that
-whatever is wrong with a path is one sentence before training starts.
+A source is a numbered list of encoded images. What is wrong with a path is one sentence, when it
+is opened, before training starts.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import xxhash
 from braceexpand import braceexpand
+from numpy.typing import NDArray
 
-from seer_scale.data.tars import TarShards
+from seer_scale.data.addresses import check_address, is_remote, protocol_of, redact
+from seer_scale.data.cache import Cache, default_cache
+from seer_scale.data.remote import Retry, as_data_error, list_files, stat
+from seer_scale.data.shard_index import IMAGE_SUFFIXES, KINDS
+from seer_scale.data.shard_manifest import Shard, is_manifest, read_shards
+from seer_scale.data.tars import index_shards, open_shards
 from seer_scale.errors import DataError
-
-_KINDS = "an image folder, a tar shard or a pattern of shards"
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-)
-
-# First bytes of gzip, bzip2, xz and Zstandard.
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 Label = int | str
 
 
 class Source(Protocol):
-    """A numbered list of encoded images."""
+    """A numbered list of encoded images; picklable, and read from several threads at once."""
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """`[S]`, images of each shard, in the order of numbering; a folder is one shard."""
+
+    @property
+    def version(self) -> str:
+        """16 hex digits that change with the names and counts of what the collection holds."""
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -52,6 +58,9 @@ class ImageFolder:
     def __init__(self, root: Path, files: list[str]) -> None:
         self._root = root
         self._files = files  # relative to root
+        self.shard_sizes = np.array([len(files)], dtype=np.int64)
+        names = "\0".join(files).encode("utf-8", "surrogateescape")
+        self.version = xxhash.xxh3_64_hexdigest(names)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -69,28 +78,39 @@ class ImageFolder:
         return os.path.basename(os.path.dirname(self._files[index])) or None
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a folder of images, a tar shard, a folder of shards, or a pattern of shards.
+def open_source(path: str | os.PathLike[str], cache: Cache | None = None) -> Source:
+    """Opens a folder of images, a tar shard, a folder or pattern of shards, or a manifest.
 
     Args:
-        path: a pattern may use braces (`shard-{000000..000009}.tar`) and wildcards.
+        path: local, or an address that fsspec knows. A pattern may use braces
+            (`shard-{000000..000009}.tar`) and, where files can be listed, wildcards. A manifest
+            ends in `.jsonl` or `.parquet`.
+        cache: for copies of remote shards and for indexes. Without one, remote shards go to a
+            default folder, and local shards are indexed each time.
 
     Raises:
-        DataError: the path is missing, empty, unreadable or holds no images, or a shard is no
-            tar, truncated or without images.
+        DataError: the path is missing, empty, unreadable or holds no images, its server or the
+            credentials fail, or a shard is no tar, truncated or without images.
     """
     text = os.fspath(path)
     if not text:
-        raise DataError(f"data.path is empty: give {_KINDS}")
+        raise DataError(f"data.path is empty: give {KINDS}")
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if is_remote(text):
+        check_address(text)
+        return _open_remote(text, cache or default_cache())
     try:
         if os.path.isdir(text):
-            return _open_folder(text)
+            return _open_folder(text, cache)
+        if is_manifest(text):
+            return _open_manifest(text, cache)
         if not os.path.lexists(text) and any(sign in text for sign in "*?[{"):
-            return _open_shards(_expand(text))
-        return _open_shards([text])
+            return index_shards(_expand(text), cache)
+        return index_shards([text], cache)
     except FileNotFoundError as error:
         raise DataError(
-            f"data path {error.filename or text} does not exist: give {_KINDS}"
+            f"data path {error.filename or text} does not exist: give {KINDS}"
         ) from error
     except PermissionError as error:
         raise DataError(
@@ -99,11 +119,71 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     except OSError as error:
         raise DataError(
             f"data path {error.filename or text} cannot be read ({error.strerror or error}):"
-            f" give {_KINDS}"
+            f" give {KINDS}"
         ) from error
 
 
-def _open_folder(root: str) -> Source:
+def _open_remote(url: str, cache: Cache) -> Source:
+    if is_manifest(url):
+        return _open_manifest(url, cache)
+    shards: list[str] = []
+    for candidate in _braces(url):
+        if not _has_wildcard(candidate):
+            shards.append(candidate)
+        elif protocol_of(candidate) in ("http", "https"):
+            raise DataError(
+                f"data path {redact(candidate)} has wildcards, but HTTP servers list no files:"
+                " use braces, as shard-{000000..000009}.tar, or a manifest"
+            )
+        else:
+            try:
+                found = list_files(candidate, cache.retry)
+            except OSError as error:
+                raise as_data_error(candidate, error) from error
+            if not found:
+                raise DataError(f"data path {redact(candidate)} matches nothing")
+            shards.extend(found)
+    return index_shards(shards, cache)
+
+
+def _has_wildcard(url: str) -> bool:
+    """Question marks begin the query of a HTTP address, brackets hold its IPv6 host."""
+    _, _, rest = url.partition("://")
+    path = rest.partition("/")[2]
+    if protocol_of(url) in ("http", "https"):
+        return "*" in path.partition("?")[0]
+    return any(sign in path for sign in "*?[")
+
+
+def _open_manifest(path: str, cache: Cache | None) -> Source:
+    retry = cache.retry if cache else Retry()
+    shards = read_shards(path, retry)
+    if any(is_remote(shard.url) for shard in shards):
+        cache = cache or default_cache()
+        _check_servers(shards, retry)
+    return open_shards(shards, cache)
+
+
+def _check_servers(shards: Sequence[Shard], retry: Retry) -> None:
+    """Looks at two shards of every server, so that wrong credentials are noticed now.
+
+    One of them may be missing: that is for the reading to report.
+    """
+    by_server: dict[str, list[str]] = {}
+    for url in (shard.url for shard in shards if is_remote(shard.url)):
+        by_server.setdefault("/".join(url.split("/", 3)[:3]), []).append(url)
+    for urls in by_server.values():
+        check_address(urls[0])
+        try:
+            try:
+                stat(urls[0], retry)
+            except FileNotFoundError:
+                stat(urls[-1], retry)
+        except OSError as error:
+            raise as_data_error(urls[0], error) from error
+
+
+def _open_folder(root: str, cache: Cache | None) -> Source:
     images: list[str] = []
     shards: list[str] = []
     for file in _walk(root):
@@ -118,7 +198,7 @@ def _open_folder(root: str) -> Source:
             " point to a folder with one kind, or to a pattern of shards"
         )
     if shards:
-        return _open_shards(sorted(shards))
+        return index_shards(sorted(shards), cache)
     if not images:
         raise DataError(
             f"data path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -138,11 +218,15 @@ def _walk(root: str) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
 
 
-def _expand(pattern: str) -> list[str]:
+def _braces(pattern: str) -> list[str]:
     try:
-        candidates = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except ValueError as error:
-        raise DataError(f"data path {pattern} has a brace that is not closed") from error
+        raise DataError(f"data path {redact(pattern)} has a brace that is not closed") from error
+
+
+def _expand(pattern: str) -> list[str]:
+    candidates = _braces(pattern)
     shards: list[str] = []
     for candidate in candidates:
         found = sorted(glob.glob(candidate, recursive=True))
@@ -154,19 +238,3 @@ def _expand(pattern: str) -> list[str]:
             )
         shards.extend(found)
     return shards
-
-
-def _open_shards(paths: list[str]) -> TarShards:
-    for path in paths:
-        with open(path, "rb") as file:
-            compressed = file.read(6).startswith(_COMPRESSED)
-            file.seek(0)
-            try:
-                tarfile.open(fileobj=file, mode="r:").close()
-            except tarfile.TarError as error:
-                if not compressed:  # what to do with those, TarShards says
-                    raise DataError(
-                        f"data path {path} is neither an image folder nor a tar shard ({error}):"
-                        f" give {_KINDS}"
-                    ) from error
-    return TarShards(paths, IMAGE_SUFFIXES)

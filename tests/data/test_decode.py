@@ -83,7 +83,7 @@ def cases():
         "zeros": (bytes(1000), "not an image"),
         "half a jpeg": (jpeg[: len(jpeg) // 2], "truncated"),
         "half a png": (png[: len(png) // 2], "truncated"),
-        "a few bytes of jpeg": (jpeg[:20], "not an image"),
+        "a few bytes of jpeg": (jpeg[:20], "truncated"),
         "flipped byte in png": (bytes(flipped), "damaged"),
         "format outside the list": (encode(image, "PPM"), "not an image"),
         "bomb": (png_header(60_000, 60_000), "too large"),

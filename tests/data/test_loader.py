@@ -13,9 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from seer_scale.data.augment import MultiCrop
-from seer_scale.data.loader import MAX_REPLACEMENTS, BadSample, build_loader
-from seer_scale.data.order import sample_at, sample_rng
+from seer_scale.data.augment import MultiCrop, distort
+from seer_scale.data.batches import MAX_REPLACEMENTS, BadSample
+from seer_scale.data.crops import cut_crops
+from seer_scale.data.device import finish
+from seer_scale.data.device_augment import pack
+from seer_scale.data.loader import build_loader
+from seer_scale.data.order import Order, sample_rng
 from seer_scale.errors import DataError
 
 IMAGES = 10
@@ -31,8 +35,11 @@ def encode(image, kind="PNG"):
 class Memory:
     """A source of byte strings; a missing one cannot be read."""
 
-    def __init__(self, data):
+    version = "memory"
+
+    def __init__(self, data, shard_sizes=None):
         self.data = data
+        self.shard_sizes = np.array([len(data)] if shard_sizes is None else shard_sizes)
 
     def __len__(self):
         return len(self.data)
@@ -59,17 +66,18 @@ def source():
     return Memory([encode(picture(index)) for index in range(IMAGES)])
 
 
-def loader(source, *, batch=4, accumulation=1, rank=0, world=1, first=0, workers=0, seed=3):
+def loader(source, *, batch=4, accumulation=1, rank=0, world=1, first=0, workers=0, **more):
     return build_loader(
         source,
         TRANSFORM,
-        seed=seed,
+        seed=3,
         micro_batch_size=batch,
         gradient_accumulation=accumulation,
         rank=rank,
         world_size=world,
         first_sample=first,
         workers=workers,
+        **more,
     )
 
 
@@ -95,20 +103,33 @@ def assert_same(ones, others):
         assert all(torch.equal(a, b) for a, b in zip(crops, other_crops, strict=True))
 
 
+def order_of(source):
+    return Order(source.shard_sizes, seed=3, version=source.version)
+
+
+def crops_of(data, position):
+    """The crops of one image at a position of the stream, per resolution, without a loader."""
+    rng = sample_rng(3, position)
+    cut, parameters = cut_crops(data, lambda width, height: TRANSFORM.draw(rng, width, height))
+    crops = [torch.from_numpy(distort(*pair)) for pair in zip(cut, parameters, strict=True)]
+    return [torch.stack(crops[:2]), torch.stack(crops[2:])]
+
+
 def stream(source, count):
     """The first `count` samples, computed without a loader."""
-    samples = []
-    for position in range(count):
-        epoch, index = sample_at(position, size=len(source), seed=3)
-        samples.append((index, TRANSFORM(picture(index), sample_rng(3, epoch, index))))
-    return samples
+    order = order_of(source)
+    indices = [order.index(order.place(position)) for position in range(count)]
+    return [(index, crops_of(source.data[index], at)) for at, index in enumerate(indices)]
 
 
 def test_batches_are_crop_major_and_follow_the_order(source):
     batches = take(loader(source), 6)  # beyond two epochs
     for batch in batches:
-        assert [tuple(c.shape) for c in batch.crops] == [(8, 3, 8, 8), (12, 3, 4, 4)]
-        assert all(c.dtype == torch.float32 and c.is_contiguous() for c in batch.crops)
+        assert [tuple(c.shape) for c in batch.crops] == [(8, 8, 8, 3), (12, 4, 4, 3)]
+        assert all(c.dtype == torch.uint8 and c.is_contiguous() for c in batch.crops)
+        done = finish(batch, torch.device("cpu"))
+        assert [tuple(c.shape) for c in done.crops] == [(8, 3, 8, 8), (12, 3, 4, 4)]
+        assert all(c.dtype == torch.float32 for c in done.crops)
         assert batch.sample_ids.dtype == torch.int64
         assert batch.bad == []
     assert_same([s for batch in batches for s in by_sample(batch)], stream(source, 24))
@@ -141,12 +162,12 @@ def test_every_world_and_accumulation_gives_the_same_global_batches(
     assert_same(in_order, stream(source, 12 * steps))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("augment_on", ["host", "device"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(source, workers):
+def test_workers_change_nothing(source, workers, augment_on):
     damaged = Memory([*source.data[:-1], b"broken"])
-    expected = take(loader(damaged), 6)
-    batches = take(loader(damaged, workers=workers), 6)
+    expected = take(loader(damaged, augment_on=augment_on), 6)
+    batches = take(loader(damaged, workers=workers, augment_on=augment_on), 6)
     for one, other in zip(batches, expected, strict=True):
         assert_same(by_sample(one), by_sample(other))
         assert one.bad == other.bad
@@ -167,6 +188,22 @@ def test_global_generators_are_left_alone(source):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_device_is_told_what_is_left_to_do(source):
+    (batch,) = take(loader(source, augment_on="device"), 1)
+    order = order_of(source)
+    for place in range(4):
+        rng = sample_rng(3, place)
+        data = source.data[order.index(order.place(place))]
+        cut, drawn = cut_crops(data, lambda w, h, rng=rng: TRANSFORM.draw(rng, w, h))
+        rows = [*batch.crops[0][place::4], *batch.crops[1][place::4]]
+        assert all(np.array_equal(row, crop) for row, crop in zip(rows, cut, strict=True))
+        packed = torch.cat([part[place::4] for part in batch.parameters])
+        assert torch.equal(packed, pack(drawn))
+    done = finish(batch, torch.device("cpu"))
+    assert done.parameters is None
+    assert [tuple(c.shape) for c in done.crops] == [(8, 3, 8, 8), (12, 3, 4, 4)]
+
+
 def test_broken_images_are_replaced_named_and_counted(source):
     data = list(source.data)
     jpeg = encode(picture(0), "JPEG")
@@ -178,28 +215,86 @@ def test_broken_images_are_replaced_named_and_counted(source):
         8: "unreadable: No such file or directory",
         9: "truncated",
     }
-    replacement = {1: 3, 2: 3, 5: 6, 8: 0, 9: 0}
     for index, content in broken.items():
         data[index] = content
-    runs = [take(loader(Memory(data), batch=5), 2) for _ in range(2)]
+    damaged = Memory(data, [5, 5])
+    runs = [take(loader(damaged, batch=5, window=1), 2) for _ in range(2)]
 
+    order = Order(damaged.shard_sizes, seed=3, version="memory", window=1)
     samples = [s for batch in runs[0] for s in by_sample(batch)]
     expected_bad = []
     for position, (used, crops) in enumerate(samples):
-        epoch, index = sample_at(position, size=IMAGES, seed=3)
-        assert used == replacement.get(index, index)
+        place = order.place(position)
+        candidates = [order.index(place, skip) for skip in range(5)]
+        skipped = list(itertools.takewhile(broken.__contains__, candidates))
+        assert used == candidates[len(skipped)]
+        assert used // 5 == candidates[0] // 5  # of the same window: here, of the same shard
         # augmented with the generator of the place that is filled
-        expected = TRANSFORM(picture(used), sample_rng(3, epoch, index))
+        expected = crops_of(data[used], position)
         assert all(torch.equal(a, b) for a, b in zip(crops, expected, strict=True))
-        if index in broken:
-            following = (i % IMAGES for i in range(index, index + IMAGES))
-            skipped = itertools.takewhile(broken.__contains__, following)
-            expected_bad += [BadSample(f"image-{i}", causes[i]) for i in skipped]
+        expected_bad += [BadSample(f"image-{i}", causes[i]) for i in skipped]
     assert [bad for batch in runs[0] for bad in batch.bad] == expected_bad
+    assert {bad.name for bad in expected_bad} == {f"image-{i}" for i in broken}
     assert all(len(batch.sample_ids) == 5 for batch in runs[0])
     for one, other in zip(*runs, strict=True):
         assert_same(by_sample(one), by_sample(other))
         assert one.bad == other.bad
+
+
+PIXEL = encode(Image.new("RGB", (1, 1)))
+
+
+class Many:
+    """A hundred thousand images, all of one pixel."""
+
+    shard_sizes, version = np.full(100, 1000), "many"
+
+    def __len__(self):
+        return 100_000
+
+    def read(self, index):
+        return PIXEL
+
+    def name(self, index):
+        return str(index)
+
+    def label(self, index):
+        return None
+
+
+WORLDS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "cases"),
+    [
+        (960, [*((world, 0) for world in WORLDS), (2, 1), (1, 3)]),
+        pytest.param(
+            10_000, [*itertools.product(WORLDS, WORKERS)], marks=pytest.mark.slow, id="all"
+        ),
+    ],
+)
+def test_the_ids_are_the_same_whatever_the_ranks_and_workers(images, cases):
+    source, transform, global_batch = Many(), MultiCrop((1,), (1,), ((0.5, 1.0),)), 48
+    steps = -(-images // global_batch)
+    streams = {}
+    for world, workers in cases:
+        ranks = []
+        for rank in range(world):
+            batches = build_loader(
+                source,
+                transform,
+                seed=9,
+                micro_batch_size=global_batch // world,
+                rank=rank,
+                world_size=world,
+                workers=workers,
+            )
+            ranks.append([batch.sample_ids for batch in take(batches, steps)])
+        ids = torch.cat([part for together in zip(*ranks, strict=True) for part in together])
+        streams[world, workers] = ids[:images].tolist()
+    assert len(set(streams[1, 0])) == images
+    assert all(ids == streams[1, 0] for ids in streams.values())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -218,6 +313,7 @@ def test_stop_signals_are_the_trainers_and_close_ends_the_workers(source):
     batches = loader(source, workers=2)
     next(batches)
     workers = list(batches._iterator._workers)
+    assert len(workers) == 1
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
@@ -247,7 +343,7 @@ def test_workers_end_when_the_trainer_is_killed(source):
     workers = here.recv()
     trainer.join(60)
     assert trainer.exitcode == -signal.SIGKILL
-    assert len(workers) == 2
+    assert len(workers) == 1
     deadline = time.monotonic() + 60
     while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,14 +1,18 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from seer_scale.data import index_report
+from seer_scale.data.cache import Cache
 from seer_scale.data.sources import ImageFolder, open_source
 from seer_scale.data.tars import TarShards
 from seer_scale.errors import DataError
@@ -72,7 +76,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     source = open_source(tmp_path)
     for index in (0, 1, 2, 3, 4, 0, 2):
         assert source.read(index).startswith(b"image %d" % index)
-    assert len(source._files) == 2
+    assert len(source._opened) == 2
 
 
 def test_shards_pickle_small_and_without_open_files(tmp_path):
@@ -262,3 +266,96 @@ def test_unreadable_paths_are_named(kind):
 
 def test_shards_type(tmp_path):
     assert isinstance(open_source(shard(tmp_path / "a.tar", 0, 1)), TarShards)
+
+
+def test_shard_sizes_follow_the_numbering(tmp_path, folder):
+    for number, count in enumerate((3, 1, 5)):
+        shard(tmp_path / f"{number}.tar", 10 * number, count)
+    source = open_source(f"{tmp_path}/{{0..2}}.tar")
+    assert source.shard_sizes.tolist() == [3, 1, 5]
+    assert source.shard_sizes.dtype == "int64"
+    assert source.name(3).endswith("1.tar/000010.jpg")
+    assert source.name(4).endswith("2.tar/000020.jpg")
+    assert open_source(folder).shard_sizes.tolist() == [4]
+    for outside in (-1, 9):
+        with pytest.raises(IndexError):
+            source.read(outside)
+
+
+def test_the_version_is_that_of_names_and_counts(tmp_path, folder):
+    for place in ("here", "elsewhere"):
+        (tmp_path / place).mkdir()
+        for number in range(2):
+            shard(tmp_path / place / f"{number}.tar", number * 10, 4)
+    version = open_source(tmp_path / "here").version
+    assert len(bytes.fromhex(version)) == 8
+    assert open_source(tmp_path / "elsewhere").version == version  # moved
+    shard(tmp_path / "elsewhere/1.tar", 10, 5)
+    assert open_source(tmp_path / "elsewhere").version != version
+    assert open_source(f"{tmp_path}/here/{{1,0}}.tar").version != version
+    before = open_source(folder).version
+    (folder / "b/3.png").touch()
+    assert open_source(folder).version != before
+
+
+def test_threads_share_a_source_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("seer_scale.data.tars._OPEN_SHARDS", 2)
+    for number in range(6):
+        shard(tmp_path / f"{number}.tar", number * 20, 20)
+    source = open_source(tmp_path)
+    wanted = [(index * 37) % 120 for index in range(1200)]
+    with ThreadPoolExecutor(8) as pool:
+        for index, data in zip(wanted, pool.map(source.read, wanted), strict=True):
+            assert data == b"image %d" % index * (1 + index % 7 * 50)
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error_of_its_images(tmp_path):
+    path = shard(tmp_path / "a.tar", 0, 4)
+    source = open_source(path)
+    assert source.read(0)
+    os.truncate(path, 1024)
+    with pytest.raises(OSError, match="has become shorter"):
+        source.read(3)
+    with pytest.raises(OSError, match=r"has 1024 bytes instead of \d+"):
+        pickle.loads(pickle.dumps(source)).read(3)  # opens it anew
+
+
+def test_the_index_of_local_shards_is_kept(tmp_path, monkeypatch):
+    cache = Cache(tmp_path / "cache", 1 << 30)
+    path = shard(tmp_path / "a.tar", 0, 4, cls=b"7")
+    assert len(open_source(path, cache)) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)  # nobody walks over headers
+        again = open_source(path, cache)
+        assert again.read(3) == b"image 3" * 151
+        assert again.label(3) == 7
+        assert again.name(3) == f"{path}/000003.jpg"
+    shard(path, 0, 5)
+    assert len(open_source(path, cache)) == 5
+    for index in cache.indexes.iterdir():
+        index.write_bytes(index.read_bytes()[:-100])  # damaged: made anew
+    assert len(open_source(path, cache)) == 5
+
+
+def test_report_and_manifest(tmp_path):
+    for number in range(25):
+        shard(tmp_path / f"{number:02}.tar", number, 1 + number % 2)
+    lines = []
+    index_report.index(str(tmp_path), None, str(tmp_path / "all.jsonl"), lines.append)
+    assert len(lines) < 30
+    assert re.search(r"^ +37 +[\d,]+ +25 shards, version [0-9a-f]{16}$", lines[-2])
+    source, listed = open_source(tmp_path), open_source(tmp_path / "all.jsonl")
+    assert listed.version == source.version
+    assert listed.name(5).endswith("/03.tar[1]")
+    assert [listed.read(i) for i in range(37)] == [source.read(i) for i in range(37)]
+    assert [listed.name(i) for i in range(37)] == [source.name(i) for i in range(37)]
+    with pytest.raises(DataError, match=r"manifest /nowhere/a\.jsonl cannot be written: No such"):
+        index_report.index(str(tmp_path / "00.tar"), None, "/nowhere/a.jsonl", lines.append)
+
+
+def test_report_of_a_folder(folder):
+    lines = []
+    index_report.index(str(folder), None, None, lines.append)
+    assert lines[0].startswith("1 folder, 4 images, version ")
+    with pytest.raises(DataError, match="only tar shards can be in a manifest"):
+        index_report.index(str(folder), None, "a.jsonl", lines.append)

@@ -1,0 +1,50 @@
+"""Micro-batches on the device, ready for the model: copied and finished while it still computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from seer_scale.data.augment import normalise
+from seer_scale.data.batches import MicroBatch
+from seer_scale.data.device_augment import distort_batch
+
+
+def finish(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its crops on `device` as float32 `[count * B, 3, size, size]`.
+
+    What the host left undone is done there, all crops of a resolution at once.
+    """
+    crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
+    if batch.parameters is None:
+        return batch._replace(crops=[normalise(crop) for crop in crops])
+    parameters = [rows.to(device, non_blocking=True) for rows in batch.parameters]
+    done = [distort_batch(crop, rows) for crop, rows in zip(crops, parameters, strict=True)]
+    return batch._replace(crops=done, parameters=None)
+
+
+class DeviceBatches(Iterator[MicroBatch]):
+    """Finished micro-batches of a loader; on a GPU one ahead, on a stream of its own."""
+
+    def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._ahead: MicroBatch | None = None
+
+    def __next__(self) -> MicroBatch:
+        if self._stream is None:
+            return finish(next(self._batches), self._device)
+        batch = self._ahead or self._begin(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for crop in batch.crops:
+            crop.record_stream(current)  # or its memory would be reused while the model reads it
+        self._ahead = self._begin(self._stream)
+        return batch
+
+    def _begin(self, stream: torch.cuda.Stream) -> MicroBatch:
+        with torch.cuda.stream(stream):
+            return finish(next(self._batches), self._device)
