@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
-	bench-memory elastic kill stall
+	bench-memory bench-loader elastic kill stall
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -69,6 +69,9 @@ gpu-check: $(READY)  ## the parity matrix on this machine's GPUs
 
 bench-memory: $(READY)  ## bytes per rank and activations of every strategy: the tables and the plot
 	$(BIN)/python benchmarks/memory.py
+
+bench-loader: $(READY)  ## images per second and core of the loader and of others: docs/data.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader.py
 
 docker:  ## build the CUDA image
 	docker build -t seer-scale .
