@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from seer_scale.bad_samples import WINDOW, BadSamples
+from seer_scale.collection import Collection
+from seer_scale.data import open_source
 from seer_scale.errors import DataError
 from tests.jobs import arguments, lines, run_job, write_images
 
@@ -216,3 +218,31 @@ def test_too_many_bad_images_end_the_run() -> None:
         calm.observe(100, 11)  # 11 of 111
     with pytest.raises(DataError):
         calm.observe(100, 200)
+
+
+def test_hours_are_counted_from_the_last_reading(shards: Path, tmp_path: Path) -> None:
+    manifest, said = tmp_path / "shards.jsonl", []
+    write_manifest(manifest, shards, [0, 1])
+    collection = Collection(
+        open_source(manifest),
+        path=str(manifest),
+        cache=None,
+        run_dir=tmp_path / "run",
+        refresh=(2, "hours"),
+        max_age_days=90,
+        saved=None,
+        saved_run=tmp_path / "run",
+        cursor=0,
+        say=said.append,
+    )
+    assert not collection.due(step=1, cursor=8)
+    collection._last_read -= 2 * 3600
+    assert collection.due(step=2, cursor=16)
+    assert not collection.refresh(16)  # nothing new
+    assert not collection.due(step=3, cursor=24)
+    write_manifest(manifest, shards, [1, 2, 3])
+    collection._last_read -= 2 * 3600
+    assert collection.due(step=4, cursor=32)
+    assert collection.refresh(32)
+    assert (collection.in_use.origin, len(collection.source)) == (32, 15)
+    assert "from sample 32 on the collection is version" in said[-1]
