@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def main() -> int:
         rows += bench.measure(images, seconds=options.seconds)
     print(bench.table(rows))
     content = {
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": record.versions(PACKAGES),
         "bytes_per_image": {s.name: round(sum(map(len, s.files)) / len(s.files)) for s in sets},
         "rows": [row._asdict() for row in rows],
     }
@@ -61,9 +60,9 @@ def main() -> int:
     if not options.no_docs:
         record.put_into(DOCUMENT, "loader", report(content))
         draw(rows)
-    missed = [line for line in targets(rows) if line.endswith("missed")]
-    print(*targets(rows), sep="\n")
-    return 1 if missed else 0
+    verdicts = targets(rows)
+    print(*verdicts, sep="\n")
+    return int(any(line.endswith("missed") for line in verdicts))
 
 
 def targets(rows: Sequence[bench.Row]) -> list[str]:
@@ -142,13 +141,6 @@ def draw(rows: Sequence[bench.Row]) -> None:
 
 def _short(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

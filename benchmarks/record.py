@@ -22,12 +22,6 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "fairscale", "apex", "numpy")
 
 def environment() -> dict[str, Any]:
     """Hardware and versions that a number depends on."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "gpus": gpus,
@@ -36,8 +30,19 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "cuda": torch.version.cuda if gpus else None,
-        "versions": versions,
+        "versions": versions(PACKAGES),
     }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """The installed version of every package, None of those that are not there."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def in_words(env: dict[str, Any]) -> str:

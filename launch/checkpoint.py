@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
+from seer_scale.argument_types import at_least  # noqa: E402
 from seer_scale.checkpoint import CheckpointReader, find, list_checkpoints  # noqa: E402
 from seer_scale.checkpoint.consolidate import consolidate  # noqa: E402
 from seer_scale.checkpoint.folders import delete  # noqa: E402
@@ -122,13 +123,6 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/checkpoint.py",
@@ -151,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--largest-file", type=float, metavar="GIB", help="else one file")
             verb.add_argument("--momentum", action="store_true", help="optimizer state too")
         if name == "prune":
-            verb.add_argument("--keep", type=_positive, required=True, help="newest that stay")
-            verb.add_argument("--keep-every", type=_positive, metavar="STEPS")
+            verb.add_argument("--keep", type=at_least(1), required=True, help="newest that stay")
+            verb.add_argument("--keep-every", type=at_least(1), metavar="STEPS")
             verb.add_argument("--dry-run", action="store_true", help="only say what would go")
     return parser
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
+from seer_scale.argument_types import at_least  # noqa: E402
 from seer_scale.data import bench  # noqa: E402
 from seer_scale.data.augment import MultiCrop  # noqa: E402
 from seer_scale.data.cache import Cache  # noqa: E402
@@ -70,20 +71,6 @@ def measure(images: str | None, seconds: float, json_file: Path | None) -> None:
             ) from error
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
-    return value
-
-
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -107,11 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--out", type=Path, default=Path("crops.png"), metavar="FILE.png", help="contact sheet"
     )
-    verb.add_argument("--count", type=_positive, default=8, help="images on the sheet (8)")
-    verb.add_argument("--seed", type=_not_negative, default=0, help="of images and crops (0)")
+    verb.add_argument("--count", type=at_least(1), default=8, help="images on the sheet (8)")
+    verb.add_argument("--seed", type=at_least(0), default=0, help="of images and crops (0)")
     verb.add_argument(
         "--survey",
-        type=_not_negative,
+        type=at_least(0),
         default=2000,
         metavar="N",
         help="decode N images from all over the collection; 0 means every one (2000)",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from seer_scale.data import Cache, Shard, Source
 from seer_scale.data import shard_manifest as manifests
-from seer_scale.data.tars import open_shards
+from seer_scale.data.tars import TarShards, open_shards
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.parallel import distributed
 
@@ -96,8 +96,6 @@ class Collection:
         self._recorded = self._read_record(saved_run, saved, cursor)  # rank 0's; oldest first
         self.in_use = self._begin(saved, saved_run, cursor)
         self._last_read = time.time()
-        if self._recorded and self._recorded[-1].samples_seen <= cursor:
-            self._last_read = self._recorded[-1].unix_time
 
     def due(self, step: int, cursor: int) -> bool:
         """On rank 0, whether the manifest is to be read after `step`; False elsewhere."""
@@ -108,7 +106,7 @@ class Collection:
         every, unit = self._refresh
         if unit == "steps":
             return step % every == 0
-        if self._recorded and self._recorded[-1].samples_seen > cursor:
+        if self._recorded:
             return False  # what was read when, is known
         return time.time() - self._last_read >= 3600 * every
 
@@ -162,7 +160,7 @@ class Collection:
                     shards = self._load(saved_run, saved.version)
                     self._keep(shards)
                 else:
-                    shards = self._read_manifest()
+                    shards = self._young(self._opened_shards())
                     self._record(shards, cursor)
             except (DataError, CheckpointError, OSError) as error:
                 problem = str(error)
@@ -176,18 +174,25 @@ class Collection:
         self.source = open_shards(shards, self._cache)
         self.in_use = InUse(manifests.version_of(shards), origin)
 
+    def _opened_shards(self) -> list[Shard]:
+        """What the manifest held when it was opened: it need not be read a second time."""
+        assert isinstance(self.source, TarShards)  # as every manifest is
+        return self.source.shards
+
     def _read_manifest(self) -> list[Shard]:
-        shards = manifests.read_shards(self._path)
-        if self._max_age_days is not None:
-            young = manifests.drop_old(shards, datetime.now(UTC), self._max_age_days)
-            if not young:
-                limit = datetime.now(UTC) - timedelta(days=self._max_age_days)
-                raise DataError(
-                    f"data.path={self._path} names {len(shards)} shards, none of them published "
-                    f"after {limit:%Y-%m-%d} (data.max_age_days={self._max_age_days})"
-                )
-            shards = young
-        return shards
+        return self._young(manifests.read_shards(self._path))
+
+    def _young(self, shards: list[Shard]) -> list[Shard]:
+        if self._max_age_days is None:
+            return shards
+        young = manifests.drop_old(shards, datetime.now(UTC), self._max_age_days)
+        if not young:
+            limit = datetime.now(UTC) - timedelta(days=self._max_age_days)
+            raise DataError(
+                f"data.path={self._path} names {len(shards)} shards, none of them published "
+                f"after {limit:%Y-%m-%d} (data.max_age_days={self._max_age_days})"
+            )
+        return young
 
     # ------------------------------------------------------------------------------- the record
 

@@ -178,27 +178,24 @@ class Trainer:
             )
         self._record_samples(micro_batches, bad)
         seconds = time.perf_counter() - began
-        return (
-            {
-                **means,
-                "lr": self.engine.param_groups[0]["lr"],
-                # JSON has no infinity; loss_scale_overflow says that this step was skipped.
-                **({} if skipped else {"grad_norm": float(grad_norm)}),
-                **(
-                    {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
-                    if scale
-                    else {}
-                ),
-                "images_per_second": self.global_batch / seconds,
-                "step_time": seconds,
-                "data_time": waited,
-                "peak_memory_gib": peak_memory_gib(self.device),
-                "samples_seen": self.state.samples_seen,
-                "bad_samples": bad,
-            },
-            stop,
-            refresh,
-        )
+        line: dict[str, float] = {
+            **means,
+            "lr": self.engine.param_groups[0]["lr"],
+            # JSON has no infinity; loss_scale_overflow says that this step was skipped.
+            **({} if skipped else {"grad_norm": float(grad_norm)}),
+            **(
+                {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
+                if scale
+                else {}
+            ),
+            "images_per_second": self.global_batch / seconds,
+            "step_time": seconds,
+            "data_time": waited,
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "samples_seen": self.state.samples_seen,
+            "bad_samples": bad,
+        }
+        return line, stop, refresh
 
     def _apply_schedules(self) -> None:
         step = self.state.step

@@ -48,6 +48,7 @@ LAYERS = {
     "seer_scale.parallel.distributed": 0,
     "seer_scale.parallel.failure": 0,
     "seer_scale.errors": 0,
+    "seer_scale.argument_types": 0,
     "seer_scale.config": 0,
     "seer_scale.recipe": 0,
     "seer_scale.ds_config": 0,

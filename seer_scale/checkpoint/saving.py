@@ -172,7 +172,6 @@ class Saver:
             torch.cuda.synchronize()
         for key in self._host.keys() - tensors:  # e.g. of a queue that is no longer there
             del self._host[key]
-        self._begins = lay_out(_kinds(self._host), _metadata(placement)).begins
         return placement
 
     def _begin(self, partial: Path, step: int, began: float) -> bool:
@@ -196,6 +195,7 @@ class Saver:
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         _write_rank(job, self._host)
+        self._begins = lay_out(_kinds(self._host), _metadata(job.placement)).begins
         if not distributed.is_main():
             return
         problem = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seer_scale.data.augment import CropParameters, MultiCrop, distort
 from seer_scale.data.crops import cut_crops
-from seer_scale.data.decode import BadImage
+from seer_scale.data.decode import BadImage, cause_of
 from seer_scale.data.device_augment import pack
 from seer_scale.data.order import Order, Place, sample_rng
 from seer_scale.data.sources import Source
@@ -104,13 +104,10 @@ class BatchMaker:
             index = self._order.index(place, skip)
             try:
                 crops, parameters = self._crops(index, position)
-            except BadImage as error:
-                cause = error.cause
-            except OSError as error:
-                cause = f"unreadable: {error.strerror or error}"
+            except (BadImage, OSError) as error:
+                bad.append(BadSample(self._source.name(index), cause_of(error)))
             else:
                 return Sample(crops, parameters, index, bad)
-            bad.append(BadSample(self._source.name(index), cause))
         raise self._hopeless(place, bad)
 
     def _crops(self, index: int, position: int) -> tuple[list[Pixels], list[CropParameters]]:
@@ -140,11 +137,12 @@ class BatchMaker:
             for row, (crop, sample) in zip(view, places, strict=True):
                 row[:] = sample.crops[crop]
             crops.append(pixels)
-            parameters.append(pack([sample.parameters[crop] for crop, sample in places]))
+            if self._augment_on == "device":
+                parameters.append(pack([sample.parameters[crop] for crop, sample in places]))
             first += count
         return MicroBatch(
             crops,
-            parameters if self._augment_on == "device" else None,
+            parameters or None,
             torch.tensor([sample.id for sample in samples]),
             [bad for sample in samples for bad in sample.bad],
         )

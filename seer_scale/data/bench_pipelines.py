@@ -124,10 +124,6 @@ def our_batches(folder: str, workers: int, batch: int) -> Iterator[Iterator[obje
         MultiCrop(_CROP_SIZES, _CROP_COUNTS, _CROP_SCALES),
         seed=0,
         micro_batch_size=batch,
-        gradient_accumulation=1,
-        rank=0,
-        world_size=1,
-        first_sample=0,
         workers=workers,
     ) as batches:
         yield batches

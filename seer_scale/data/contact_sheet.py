@@ -1,7 +1,7 @@
 """What `inspect` shows of a collection: its sizes, its bad files, and crops as the model sees them.
 
 A contact sheet has a row per image: the whole image, then its crops after the distortion with the
-parameters that were drawn, as a run of the same seed draws them in its first epoch.
+parameters that were drawn, from the seed and the image's number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL.ImageFont import ImageFont as BitmapFont
 
 from seer_scale.data.augment import CropParameters, MultiCrop, distort
 from seer_scale.data.crops import cut_crops
-from seer_scale.data.decode import BadImage, decode
+from seer_scale.data.decode import BadImage, cause_of, decode
 from seer_scale.data.order import sample_rng
 from seer_scale.data.sources import Source
 
@@ -73,10 +73,8 @@ def survey(source: Source, indices: Sequence[int]) -> Survey:
             data = source.read(index)
             found.encoded.append(len(data))
             (_,), (whole,) = cut_crops(data, _whole_image)
-        except BadImage as error:
-            found.bad[error.cause].append(source.name(index))
-        except OSError as error:
-            found.bad[f"unreadable: {error.strerror}"].append(source.name(index))
+        except (BadImage, OSError) as error:
+            found.bad[cause_of(error)].append(source.name(index))
         else:
             found.widths.append(whole.box[2])
             found.heights.append(whole.box[3])

@@ -38,6 +38,13 @@ class BadImage(Exception):  # noqa: N818 - an event that is counted, not a failu
         self.cause = cause
 
 
+def cause_of(error: BadImage | OSError) -> str:
+    """Why an image cannot be used, in the words that bad images are counted under."""
+    if isinstance(error, BadImage):
+        return error.cause
+    return f"unreadable: {error.strerror or error}"
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes the first frame of an image to RGB, turned as its EXIF orientation says.
 
