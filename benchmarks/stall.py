@@ -65,6 +65,7 @@ class Training:
 
     def save(self, *, urgent: bool) -> float:
         """Starts a save; seconds until the training may go on."""
+        self.step_number += 1  # two checkpoints of one step would both stay
         began = time.perf_counter()
         self.saver.save(
             step=self.step_number,

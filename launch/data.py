@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 from seer_scale.argument_types import at_least  # noqa: E402
 from seer_scale.data import bench  # noqa: E402
 from seer_scale.data.augment import MultiCrop  # noqa: E402
+from seer_scale.data.bench_pipelines import Crops  # noqa: E402
 from seer_scale.data.cache import Cache  # noqa: E402
 from seer_scale.data.contact_sheet import contact_sheet, spread, survey  # noqa: E402
 from seer_scale.data.index_report import index  # noqa: E402
@@ -50,7 +51,7 @@ def inspect(path: str, out: Path, count: int, seed: int, survey_images: int) -> 
     print(f"crops of {min(count, len(source))} images with their parameters: {out}")
 
 
-def measure(images: str | None, seconds: float, json_file: Path | None) -> None:
+def measure(images: str | None, crops: Crops, seconds: float, json_file: Path | None) -> None:
     """Measures images per second and core of this loader and of others."""
     rows: list[bench.Row] = []
     for image_set in bench.photograph_sets() if images is None else [bench.folder_set(images)]:
@@ -59,7 +60,7 @@ def measure(images: str | None, seconds: float, json_file: Path | None) -> None:
             f"{image_set.name}: {len(image_set.files)} JPEGs of {size / 1000:,.0f} kB on average",
             flush=True,
         )
-        rows += bench.measure(image_set, seconds=seconds)
+        rows += bench.measure(image_set, crops=crops, seconds=seconds)
     print(bench.table(rows))
     if json_file is not None:
         try:
@@ -76,6 +77,13 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return value
+
+
+def _crops(text: str) -> Crops:
+    try:
+        return Crops.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("bench", help=text, description=text, allow_abbrev=False)
     verb.add_argument("--images", metavar="DIR", help="JPEGs; else photographs in three sizes")
     verb.add_argument(
+        "--crops",
+        type=_crops,
+        default=bench.SWAV_CROPS,
+        help=f"number and size of large and small crops ({bench.SWAV_CROPS}, as SwAV)",
+    )
+    verb.add_argument(
         "--seconds", type=_seconds, default=bench.SECONDS, help="for each row, about (3)"
     )
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
@@ -133,7 +147,7 @@ def main(argv: list[str]) -> int:
             options = (arguments.out, arguments.count, arguments.seed, arguments.survey)
             inspect(arguments.path, *options)
         case "bench":
-            measure(arguments.images, arguments.seconds, arguments.json)
+            measure(arguments.images, arguments.crops, arguments.seconds, arguments.json)
     return 0
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,13 @@ def write_trunk(
         CheckpointError: if the tensors are not those of `trunk`.
         OSError: if the disk is full or does not write.
     """
-    module = build_trunk(trunk, device="meta")
-    _check_state(
-        {name: kind.shape for name, kind in kinds.items()}, module, trunk, "the model to export"
-    )
+    width, shapes = _expected(trunk)
+    found = {name: kind.shape for name, kind in kinds.items()}
+    _check_shapes(found, shapes, trunk, "the model to export")
     config = {
         "format": FORMAT,
         "trunk": trunk,
-        "width": module.width,
+        "width": width,
         "mean": MEAN,
         "std": STD,
         **metadata,
@@ -158,7 +158,7 @@ def load_trunk(folder: Path | str) -> nn.Module:
         raise CheckpointError(f"{path} is damaged ({error}); export the trunk again") from None
     module = build_trunk(trunk, device="meta")
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _check_state(shapes, module, trunk, str(path))
+    _check_shapes(shapes, _expected(trunk)[1], trunk, str(path))
     module.load_state_dict(state, assign=True)
     return module.eval()
 
@@ -199,10 +199,20 @@ def _load_pyfunc(data_path: str) -> FeatureExtractor:
     return FeatureExtractor(load_trunk(data_path))
 
 
-def _check_state(
-    found: Mapping[str, tuple[int, ...]], module: nn.Module, trunk: str, source: str
+@cache
+def _expected(trunk: str) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Width of a trunk and shapes of its tensors; kept, since building it holds up the training."""
+    module = build_trunk(trunk, device="meta")
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return module.width, shapes
+
+
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    trunk: str,
+    source: str,
 ) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     differences = [
         *(f"missing {name}" for name in expected.keys() - found.keys()),
         *(f"unexpected {name}" for name in found.keys() - expected.keys()),

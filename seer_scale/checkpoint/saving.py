@@ -15,8 +15,8 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ class Saver:
         began = time.monotonic()
         self._join()
         average_running_statistics(model)
-        placement = self._copy(slices if writes_slices else (), model, local_state)
+        with _all_cores():
+            placement = self._copy(slices if writes_slices else (), model, local_state)
         partial = self.root / f".step_{step:08d}.{self._attempt}.partial"
         if not self._begin(partial, step, began):
             return
@@ -312,6 +313,19 @@ def save(
         if outcome.problem:
             raise CheckpointError(f"{outcome.folder} was not written: {outcome.problem}")
     return checkpoint_folder(root, step)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets torch copy with this rank's share of the cores: the training waits for nothing else."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(
+        max(usual, len(os.sched_getaffinity(0)) // distributed.local_world_size())
+    )
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _fits(target: Tensor, source: Tensor, begin: int) -> bool:

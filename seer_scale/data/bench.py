@@ -1,9 +1,9 @@
 """Images per second and core, of this loader and of what it is compared with.
 
-Every pipeline makes SEER's six crops (two of 160 pixels, four of 96) of the same JPEGs in memory,
-in one thread, by its processor time: other programs' share of the core is not counted. The two
-loaders read them from a folder with a worker per core, by the clock. Pipelines take turns, so that
-a machine that gets slower does so for all, and the median turn counts.
+Every pipeline makes the same crops, SwAV's unless told others, of the same JPEGs in memory, in one
+thread, by its processor time: other programs' share of the core is not counted. The two loaders
+read them from a folder with a worker per core, by the clock. Pipelines take turns, so that a
+machine that gets slower does so for all, and the median turn counts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageOps
 
 from seer_scale.data.bench_pipelines import (
+    Crops,
     HostCrops,
     lightly_transform,
     our_batches,
@@ -46,6 +47,7 @@ PIPELINES = (
     "dataloader_ours",  # this loader over the same folder
 )
 SECONDS = 3.0
+SWAV_CROPS = "2x224+6x96"  # as SwAV was published; SEER makes 2x224+4x96, RG-10B 2x160+4x96
 
 TURNS = 5
 LOADER_TURNS = 3
@@ -54,8 +56,8 @@ _MOST_FILES = 16
 _COLOUR = ("astronaut", "chelsea", "coffee", "hubble", "retina", "rocket", "china", "flower")
 
 
-OpenBatches = Callable[[str, int, int], AbstractContextManager[Iterator[object]]]
-"""From a folder, a number of workers and images per batch to batches without end."""
+OpenBatches = Callable[[str, Crops, int, int], AbstractContextManager[Iterator[object]]]
+"""From a folder, crops, a number of workers and images per batch to batches without end."""
 
 
 class ImageSet(NamedTuple):
@@ -118,18 +120,23 @@ def folder_set(folder: str | os.PathLike[str]) -> ImageSet:
 
 
 def measure(
-    images: ImageSet, *, seconds: float = SECONDS, say: Callable[[str], None] = print
+    images: ImageSet,
+    *,
+    crops: Crops,
+    seconds: float = SECONDS,
+    say: Callable[[str], None] = print,
 ) -> list[Row]:
     """A row for every pipeline that is installed, in the order of `PIPELINES`.
 
     Args:
         images: what is decoded.
+        crops: what is made of each.
         seconds: for each row, about; a turn is never less than once over all images.
         say: gets a sentence about every row that is missing.
     """
     with _one_thread():
-        rates = _rates_in_memory(images.files, seconds, say)
-        rates |= _rates_of_loaders(images.files, seconds)
+        rates = _rates_in_memory(images.files, crops, seconds, say)
+        rates |= _rates_of_loaders(images.files, crops, seconds)
     return [Row(images.name, name, rates[name]) for name in PIPELINES if name in rates]
 
 
@@ -153,16 +160,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _rates_in_memory(
-    files: Sequence[bytes], seconds: float, say: Callable[[str], None]
+    files: Sequence[bytes], crops: Crops, seconds: float, say: Callable[[str], None]
 ) -> dict[str, float]:
     pipelines: dict[str, Callable[[bytes], object]] = {
         "decode": partial(simplejpeg.decode_jpeg, colorspace="RGB"),
-        "host_crops": HostCrops(augment=False),
-        "host_all": HostCrops(augment=True),
-        "pil": through_pillow(pil_transform()),
+        "host_crops": HostCrops(crops, augment=False),
+        "host_all": HostCrops(crops, augment=True),
+        "pil": through_pillow(pil_transform(crops)),
     }
     try:
-        pipelines["lightly"] = through_pillow(lightly_transform())
+        pipelines["lightly"] = through_pillow(lightly_transform(crops))
     except ImportError as error:
         say(f"no row for lightly, which is not installed ({error})")
     for pipeline in pipelines.values():
@@ -188,7 +195,7 @@ def _rate(pipeline: Callable[[bytes], object], files: Sequence[bytes], seconds: 
 # ------------------------------------------------------------------------------- whole loaders
 
 
-def _rates_of_loaders(files: Sequence[bytes], seconds: float) -> dict[str, float]:
+def _rates_of_loaders(files: Sequence[bytes], crops: Crops, seconds: float) -> dict[str, float]:
     cores = len(os.sched_getaffinity(0))
     loaders: dict[str, OpenBatches] = {
         "dataloader_pil": torch_batches,
@@ -202,14 +209,16 @@ def _rates_of_loaders(files: Sequence[bytes], seconds: float) -> dict[str, float
             (photographs / f"{number:03d}.jpg").write_bytes(data)
         for _ in range(LOADER_TURNS):
             for name, open_batches in loaders.items():
-                rate = _steady_rate(open_batches, folder, cores, seconds / LOADER_TURNS)
+                rate = _steady_rate(open_batches, folder, crops, cores, seconds / LOADER_TURNS)
                 turns[name].append(rate / cores)
     return {name: statistics.median(rates) for name, rates in turns.items()}
 
 
-def _steady_rate(open_batches: OpenBatches, folder: str, workers: int, seconds: float) -> float:
+def _steady_rate(
+    open_batches: OpenBatches, folder: str, crops: Crops, workers: int, seconds: float
+) -> float:
     """Images per second once what was prefetched during the start is used up."""
-    with open_batches(folder, workers, _BATCH) as batches:
+    with open_batches(folder, crops, workers, _BATCH) as batches:
         for _ in range(2 * workers):
             next(batches)
         images, took, began = 0, 0.0, time.perf_counter()

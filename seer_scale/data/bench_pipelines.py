@@ -1,16 +1,17 @@
 """What `bench` compares: this loader's host, and the loaders and transforms in common use.
 
-All make SEER's six crops of an image: two of 160 pixels and four of 96.
+All make the same `Crops` of an image.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +24,36 @@ from seer_scale.data.order import sample_rng
 from seer_scale.data.sources import open_source
 from seer_scale.preprocessing import MEAN, STD
 
-_CROP_SIZES, _CROP_COUNTS, _CROP_SCALES = (160, 96), (2, 4), ((0.14, 1.0), (0.05, 0.14))
+_LARGEST_SIDE = 1024
+
+
+class Crops(NamedTuple):
+    """Crops of two resolutions, of the areas that SwAV takes them from."""
+
+    sizes: tuple[int, int]
+    counts: tuple[int, int]
+    scales: tuple[tuple[float, float], tuple[float, float]] = ((0.14, 1.0), (0.05, 0.14))
+
+    @classmethod
+    def parse(cls, text: str) -> Crops:
+        """Of a text such as `2x224+6x96`.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)x(\d+)", text)
+        numbers = [int(number) for number in found.groups()] if found else [0]
+        if min(numbers) < 1 or max(numbers) > _LARGEST_SIDE:
+            raise ValueError(f"{text!r} is not two numbers of crops and their sizes, as 2x224+6x96")
+        return cls((numbers[1], numbers[3]), (numbers[0], numbers[2]))
 
 
 class HostCrops:
     """What one image costs this loader's host: `augment` to the end, or for the device to do it."""
 
-    def __init__(self, *, augment: bool) -> None:
-        self._augment = augment
-        self._multi_crop = MultiCrop(_CROP_SIZES, _CROP_COUNTS, _CROP_SCALES)
+    def __init__(self, crops: Crops, *, augment: bool) -> None:
+        self._augment, self._counts = augment, crops.counts
+        self._multi_crop = MultiCrop(*crops)
         self._calls = itertools.count()
 
     def __call__(self, data: bytes) -> object:
@@ -43,17 +65,17 @@ class HostCrops:
         distorted = iter([distort(*pair) for pair in zip(crops, parameters, strict=True)])
         return [
             normalise(torch.from_numpy(np.stack(list(itertools.islice(distorted, count)))))
-            for count in _CROP_COUNTS
+            for count in self._counts
         ]
 
 
-def pil_transform() -> Callable[[Image.Image], list[Any]]:
+def pil_transform(crops: Crops) -> Callable[[Image.Image], list[Any]]:
     """SwAV's released composition: every crop by itself, to normalised tensors."""
     from torchvision import transforms
 
     jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
-    crops: list[Callable[[Image.Image], Any]] = []
-    for size, count, scale in zip(_CROP_SIZES, _CROP_COUNTS, _CROP_SCALES, strict=True):
+    of_crops: list[Callable[[Image.Image], Any]] = []
+    for size, count, scale in zip(*crops, strict=True):
         steps = [
             transforms.RandomResizedCrop(size, scale=scale),
             transforms.RandomHorizontalFlip(p=0.5),
@@ -63,8 +85,8 @@ def pil_transform() -> Callable[[Image.Image], list[Any]]:
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
         ]
-        crops += [transforms.Compose(steps)] * count
-    return partial(_apply_each, crops)
+        of_crops += [transforms.Compose(steps)] * count
+    return partial(_apply_each, of_crops)
 
 
 def _apply_each(
@@ -79,14 +101,14 @@ def _blur_sometimes(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
 
 
-def lightly_transform() -> Callable[[Image.Image], list[Any]]:
+def lightly_transform(crops: Crops) -> Callable[[Image.Image], list[Any]]:
     """Lightly's SwAV augmentation with the same crops, to normalised tensors."""
     from lightly.transforms import SwaVTransform
 
-    smallest, largest = zip(*_CROP_SCALES, strict=True)
+    smallest, largest = zip(*crops.scales, strict=True)
     transform: Callable[[Image.Image], list[Any]] = SwaVTransform(
-        crop_sizes=_CROP_SIZES,
-        crop_counts=_CROP_COUNTS,
+        crop_sizes=crops.sizes,
+        crop_counts=crops.counts,
         crop_min_scales=smallest,
         crop_max_scales=largest,
     )
@@ -101,7 +123,9 @@ def through_pillow(
 
 
 @contextmanager
-def torch_batches(folder: str, workers: int, batch: int) -> Iterator[Iterator[object]]:
+def torch_batches(
+    folder: str, crops: Crops, workers: int, batch: int
+) -> Iterator[Iterator[object]]:
     """torch's DataLoader over torchvision's ImageFolder and `pil_transform`.
 
     Its workers end with the last reference to the iterator.
@@ -109,7 +133,7 @@ def torch_batches(folder: str, workers: int, batch: int) -> Iterator[Iterator[ob
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
 
-    images = ImageFolder(folder, transform=pil_transform())
+    images = ImageFolder(folder, transform=pil_transform(crops))
     # One epoch without end: a new one would start its workers again.
     sampler = RandomSampler(images, replacement=True, num_samples=10**9)
     loader: Any = DataLoader(images, batch, sampler=sampler, num_workers=workers)
@@ -117,11 +141,11 @@ def torch_batches(folder: str, workers: int, batch: int) -> Iterator[Iterator[ob
 
 
 @contextmanager
-def our_batches(folder: str, workers: int, batch: int) -> Iterator[Iterator[object]]:
+def our_batches(folder: str, crops: Crops, workers: int, batch: int) -> Iterator[Iterator[object]]:
     """This loader over the same folder."""
     with build_loader(
         open_source(folder),
-        MultiCrop(_CROP_SIZES, _CROP_COUNTS, _CROP_SCALES),
+        MultiCrop(*crops),
         seed=0,
         micro_batch_size=batch,
         workers=workers,
