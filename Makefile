@@ -44,7 +44,7 @@ format: $(READY)  ## rewrite the code in the house format
 
 lock: $(READY)  ## resolve setup.py and requirements.in into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
-		--no-emit-index-url --extra demo --extra dev setup.py requirements.in -o requirements.lock
+		--no-emit-index-url --extra demo --extra dev --extra evaluation --extra onnx setup.py requirements.in -o requirements.lock
 
 elastic: $(READY)  ## the elastic matrix of docs/checkpoints.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/elastic.py --write

@@ -47,16 +47,21 @@ setup(
         "fairscale": ["fairscale==0.4.13"],
         # The photographs of `make demo`.
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
+        # launch/evaluate.py: solvers, and COCO's average precision.
+        "evaluation": ["pycocotools>=2.0.8", "scikit-learn>=1.6", "scipy>=1.14"],
+        # launch/convert.py --to onnx; timm and transformers only read what it writes.
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "dev": [
             "moto[server]>=5.1",
             "mypy>=2",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
+            "timm>=1.0.20",
+            "transformers>=4.50",
             "types-PyYAML",
             "types-tqdm",
             "webdataset>=1.0",
-            "scipy>=1.14",
         ],
     },
 )
