@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.models import regnet as torchvision_regnet
+from torchvision.models.regnet import BlockParams
 
 import seer_scale
 from seer_scale.convert import convert
@@ -30,24 +30,28 @@ RG10B_GROUPS = [[2], [7], [9, 17], [1]]
 
 
 def torchvision_model(trunk: str) -> nn.Module:
-    """torchvision's own network: by its name where it has one, else of its own classes.
-
-    Its rounding of widths is not SEER's for every size, so stages are given as they are.
-    """
-    norm = partial(nn.BatchNorm2d, eps=1e-5, momentum=0.1)
+    """torchvision's own network, with its own arithmetic where it gives the same widths."""
+    config = TRUNKS[trunk]
     if trunk in TORCHVISION:
-        model = getattr(torchvision_regnet, TORCHVISION[trunk])()
+        with torch.device("cpu"):  # its arithmetic is on tensors
+            params = BlockParams.from_init_params(
+                config.depth,
+                config.w_0,
+                config.w_a,
+                config.w_m,
+                config.group_width,
+                se_ratio=config.se_ratio,
+            )
     else:
-        stages = TRUNKS[trunk].stages
-        params = torchvision_regnet.BlockParams(
-            depths=[s.depth for s in stages],
-            widths=[s.width for s in stages],
-            group_widths=[s.group_width for s in stages],
-            bottleneck_multipliers=[1.0] * len(stages),
-            strides=[2] * len(stages),
-            se_ratio=0.25,
+        params = BlockParams(
+            depths=[s.depth for s in config.stages],
+            widths=[s.width for s in config.stages],
+            group_widths=[s.group_width for s in config.stages],
+            bottleneck_multipliers=[1.0] * len(config.stages),
+            strides=[2] * len(config.stages),
+            se_ratio=config.se_ratio,
         )
-        model = torchvision_regnet.RegNet(params, norm_layer=norm)
+    model = torchvision.models.RegNet(params)
     model.fc = nn.Identity()
     return model
 
@@ -180,14 +184,25 @@ def test_timm_names_are_timms_own() -> None:
 
 @pytest.mark.parametrize("trunk", ["regnety_800mf", "regnety_8gf"])
 def test_torchvisions_networks_of_two_names_are_others(trunk: str) -> None:
-    with torch.device("meta"):
-        other = getattr(torchvision_regnet, trunk.replace("regnety", "regnet_y"))()
+    other = getattr(torchvision.models, trunk.replace("regnety", "regnet_y"))()
     other.fc = nn.Identity()
     shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
     ours = {n: t.shape for n, t in build_trunk(trunk, device="meta").state_dict().items()}
     assert shapes.keys() == ours.keys()
     assert shapes != ours
     assert trunk not in TORCHVISION
+
+
+@pytest.mark.parametrize("trunk", [t for t in TORCHVISION if t in QUICK])
+def test_torchvisions_functions_of_these_names_load_our_file(trunk: str, tmp_path: Path) -> None:
+    state = write_source(trunk, tmp_path / "source.safetensors")
+    convert(tmp_path / "source.safetensors", "torchvision", tmp_path / "trunk.pth")
+    model = getattr(torchvision.models, TORCHVISION[trunk])()
+    answer = model.load_state_dict(torch.load(tmp_path / "trunk.pth"), strict=False)
+    assert answer.missing_keys == ["fc.weight", "fc.bias"]
+    assert answer.unexpected_keys == []
+    del model.fc
+    assert_same_bits(dict(model.state_dict()), state)
 
 
 def test_a_wrong_tensor_would_be_noticed() -> None:
