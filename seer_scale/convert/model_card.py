@@ -22,7 +22,7 @@ def write_card(path: Path, source: TrunkWeights, to: str, product: str) -> Path:
     """Writes the model card of an export.
 
     Args:
-        path: the card; if another export's or somebody's own is there, it goes to `PRODUCT.README.md`.
+        path: the card; where another export's is already, it goes to `PRODUCT.README.md`.
         source: what was converted.
         to: the format it was converted to.
         product: the exported file's or folder's name.

@@ -7,6 +7,8 @@ The older format has no table of contents: it is read whole.
 from __future__ import annotations
 
 import pickletools
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,16 +74,16 @@ def read_pickle(path: Path) -> Pickle:
     if not zipped and path.open("rb").read(2) == b"PK":
         raise CheckpointError(f"{path} is cut off or damaged; copy or download it again")
     if asked := sorted(set(_asked_for(path, zipped))):
-        raise CheckpointError(
-            f"{path} asks for {', '.join(asked[:3])} to be run when it is loaded, which no file of "
-            "weights needs: it is refused"
-        )
+        raise _refused(path, ", ".join(asked[:3]))
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that torch does not write
             # On meta, tensors have shapes and their places in the file, and no memory.
             location = "meta" if zipped else "cpu"
             content = torch.load(path, map_location=location, weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        if asked_of_torch := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _refused(path, asked_of_torch[1]) from None
         first = str(error).strip().splitlines()[:1]
         raise CheckpointError(
             f"{path} is cut off or damaged, or no file of torch.save "
@@ -90,6 +92,13 @@ def read_pickle(path: Path) -> Pickle:
         ) from None
     size = path.stat().st_size
     return Pickle(path, _stored(content, path, size), () if zipped else (_WHOLE.format(path),))
+
+
+def _refused(path: Path, asked: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} asks for {asked} to be run when it is loaded, which no file of weights needs: it "
+        "is refused"
+    )
 
 
 def _stored(value: Any, path: Path, size: int) -> Any:
