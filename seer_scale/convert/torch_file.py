@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seer_scale.tensor_file import CHUNK, Kind, as_bytes
 
@@ -39,6 +38,8 @@ def write_torch_file(
     Raises:
         OSError: if the disk is full or does not write.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import
+
     with FakeTensorMode():
         empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
