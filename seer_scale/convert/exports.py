@@ -104,6 +104,8 @@ def write_own(source: TrunkWeights, out: Path) -> None:
         )  # fmt: skip
         if head.kinds:
             write_tensors(folder / HEAD, head.kinds, head.read, {"format": "pt"})
+    if not head.kinds:  # an earlier export's would be taken for this one's
+        (out / HEAD).unlink(missing_ok=True)
 
 
 def write_vissl(source: TrunkWeights, out: Path) -> None:
