@@ -82,10 +82,10 @@ def write_trunk(
     trunk: str,
     **metadata: Any,
 ) -> dict[str, Stamp]:
-    """The two files of `export_trunk`, into a new folder, one tensor in memory at a time.
+    """The two files of `export_trunk`, into a folder, one tensor in memory at a time.
 
     Args:
-        folder: made here.
+        folder: made here unless it is there.
         kinds: dtype and shape of every tensor.
         read: gives a tensor's values on the CPU.
         trunk: key of `TRUNKS`.
@@ -110,7 +110,7 @@ def write_trunk(
         **metadata,
         "versions": versions(),
     }
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     named = {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk}
     weights = write_tensors(folder / WEIGHTS, kinds, read, named)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

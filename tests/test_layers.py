@@ -31,6 +31,7 @@ LAYERS = {
     "seer_scale.records": 2,
     "seer_scale.progress": 2,
     "seer_scale.data": 2,
+    "seer_scale.convert": 2,
     "seer_scale.evaluation": 2,
     "seer_scale.tracking": 2,
     "seer_scale.parallel.engine": 2,

@@ -1,0 +1,73 @@
+"""Named tensors somewhere on a disk: known by kind, read one at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seer_scale.errors import CheckpointError
+from seer_scale.tensor_file import CHUNK, Kind, as_bytes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under one file's or folder's names.
+
+    Attributes:
+        origin: where they come from, for sentences.
+        kinds: dtype and shape of every tensor.
+        read: a tensor's values on the CPU, contiguous.
+        trunk: key of `TRUNKS`, where the source states it.
+        notes: what a user should know of how it was read.
+    """
+
+    origin: str
+    kinds: Mapping[str, Kind]
+    read: Callable[[str], Tensor]
+    trunk: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def joined(origin: str, parts: list[Weights]) -> Weights:
+    """Several files' tensors as one.
+
+    Raises:
+        CheckpointError: if two files hold the same name.
+    """
+    owner: dict[str, Weights] = {}
+    for part in parts:
+        for name in part.kinds:
+            if name in owner:
+                raise CheckpointError(f"{origin} holds {name} twice; remove one of its files")
+            owner[name] = part
+    return Weights(
+        origin,
+        {name: part.kinds[name] for name, part in owner.items()},
+        lambda name: owner[name].read(name),
+        next((part.trunk for part in parts if part.trunk), None),
+        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def read_run(path: Path, begin: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """Elements of a file's bytes from `begin` on, without mapping the file into memory.
+
+    Mapped pages would count as the process's own until something needs the memory.
+
+    Raises:
+        CheckpointError: if the file ends before.
+    """
+    values = torch.empty(numel, dtype=dtype)
+    data = as_bytes(values)
+    with path.open("rb", buffering=0) as file:
+        while data:
+            count = os.preadv(file.fileno(), [data[:CHUNK]], begin)
+            if count == 0:
+                raise CheckpointError(f"{path} is cut off in the middle of a tensor")
+            data, begin = data[count:], begin + count
+    return values

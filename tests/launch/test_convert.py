@@ -1,0 +1,80 @@
+"""`launch/convert.py` as it is typed: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import seer_scale
+from launch.convert import main
+from seer_scale.serving import export_trunk
+from tests.convert.weights import assert_same_bits, random_trunk, write_source
+
+ROOT = Path(__file__).resolve().parents[2]
+TRUNK = "regnety_200mf"
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface"])
+def test_a_folder_holds_weights_config_and_card(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = write_source(TRUNK, tmp_path / "source.safetensors")
+    out = tmp_path / "exports" / to
+    assert main([str(tmp_path / "source.safetensors"), "--to", to, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"is {TRUNK} under torchvision's names: {len(state)} tensors" in printed
+    assert len(load_file(out / "model.safetensors")) == len(state)
+    assert json.loads((out / "config.json").read_text())
+    card = (out / "README.md").read_text()
+    for text in (f"`{TRUNK}`", "2,793,996", "0.485, 0.456, 0.406", "RGB", "non-commercial"):
+        assert text in card
+    assert_same_bits(dict(seer_scale.load(out).state_dict()), state)
+
+
+def test_from_a_run_to_every_format(tmp_path: Path) -> None:
+    state = random_trunk(TRUNK).state_dict()
+    step = tmp_path / "run" / "checkpoints" / "step_00000010"
+    export_trunk(state, step / "trunk", trunk=TRUNK, step=10)
+    for to, name in (
+        ("vissl", "trunk.torch"),
+        ("torchvision", "trunk.pth"),
+        ("torchvision", "trunk.safetensors"),
+        ("safetensors", "own"),
+        ("safetensors", "own.safetensors"),
+    ):
+        out = tmp_path / to / name
+        main([str(tmp_path / "run"), "--trunk", TRUNK, "--to", to, "--out", str(out)])
+        assert_same_bits(dict(seer_scale.load(out).state_dict()), state)
+    assert torch.load(tmp_path / "torchvision" / "trunk.pth", weights_only=True).keys() == (
+        state.keys()
+    )
+    own = tmp_path / "own_dir"
+    main([str(step), "--to", "safetensors", "--out", str(own)])
+    assert (own / "trunk.safetensors").is_file()
+
+
+def test_a_card_does_not_replace_anothers(tmp_path: Path) -> None:
+    write_source(TRUNK, tmp_path / "source.safetensors")
+    (tmp_path / "README.md").write_text("mine")
+    for _ in range(2):
+        main([str(tmp_path / "source.safetensors"), "--to", "vissl",
+              "--out", str(tmp_path / "a.torch")])  # fmt: skip
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "# a.torch" in (tmp_path / "a.torch.README.md").read_text()
+
+
+def test_a_mistake_is_one_sentence_and_status_1(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "launch/convert.py", str(tmp_path), "--to", "timm", "--out", "x"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "holds no trunk" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
