@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
 
 def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> None:
     """Loads the model, runs the task on every rank, and reports on rank 0."""
+    import torch
+
     from seer_scale.evaluation.maps import name_of
     from seer_scale.evaluation.report import log_report, write_report
     from seer_scale.evaluation.task import Context
@@ -95,6 +97,10 @@ def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> No
     from seer_scale.serving import versions
 
     device = distributed.init(TIMEOUT_MINUTES)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # With more threads convolutions add in another order, so that the last bits of features
+        # would hang on the number of processes. One process per core uses them all.
+        torch.set_num_threads(1)
     failure.watch()
     say = _say if distributed.is_main() else _say_nothing
     began = time.monotonic()

@@ -1,8 +1,9 @@
 """Rendered shapes: a labelled set for whoever has no other, whose classes are nothing but shape.
 
-An image shows one to five shapes of one class. Colour, number, scale, place, angle and
-background are drawn without a look at the class, so no average colour, no share of pixels and no
-texture tells it. Several of a kind in an image are what lets crops of it agree about the class.
+An image shows some shapes of one class. Colour, number, scale, place, angle and background are
+drawn without a look at the class, so no colour, no share of pixels and no texture tells it. Colours
+differ within an image as they do between images: what distant parts of one have in common is the
+class, which is what a method that makes crops of an image agree can learn here.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ Points = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
 _SUBPIXEL = 4  # bits of a pixel that OpenCV's coordinates may have behind the point
-_AREA = (0.035, 0.12)  # of the image, for one shape
-_MOST = 5
+_AREA = (0.015, 0.035)  # of the image, for one shape
+_COUNT = (8, 13)
+_PATCHES = 5  # of the ground, along a side
+_GROUND = (80.0, 176.0)  # of its colours, so that shapes stand out
+_TILT = 0.35  # radians to either side
+_NOISE = 6.0
 _DISTANCE = 110.0  # in RGB, between a shape and the ground beneath it
 
 
@@ -151,11 +156,11 @@ def _write_part(folder: Path, count: int, *, size: int, seed: tuple[int, int]) -
 def render(name: str, rng: np.random.Generator, size: int) -> Pixels:
     """One image uint8 `[size, size, 3]`, RGB, of the class `name` of `SHAPES`."""
     canvas = _background(rng, size)
-    wanted = int(rng.integers(1, _MOST + 1))
+    wanted = int(rng.integers(_COUNT[0], _COUNT[1] + 1))
     placed: list[tuple[float, float, float]] = []
     for _ in range(4 * wanted):  # some attempts fall on others
-        area = rng.uniform(*_AREA) * (1.0 if wanted > 2 else 1.8)
-        outlines = _placed(SHAPES[name](), area * size**2, rng.uniform(-0.35, 0.35))
+        area = rng.uniform(*_AREA) * size**2
+        outlines = _placed(SHAPES[name](), area, rng.uniform(-_TILT, _TILT))
         radius = float(max(np.hypot(points[:, 0], points[:, 1]).max() for points in outlines))
         margin = min(0.9 * radius, size / 2)  # the edge cuts a little off some
         x, y = rng.uniform(margin, size - margin, 2)
@@ -165,7 +170,7 @@ def render(name: str, rng: np.random.Generator, size: int) -> Pixels:
         _draw(canvas, [points + np.array([x, y]) for points in outlines], rng)
         if len(placed) == wanted:
             break
-    noisy = canvas.astype(np.float64) + rng.normal(0, rng.uniform(2, 10), canvas.shape)
+    noisy = canvas.astype(np.float64) + rng.normal(0, _NOISE, canvas.shape)
     return noisy.clip(0, 255).astype(np.uint8)
 
 
@@ -195,16 +200,9 @@ def _signed_area(points: Points) -> float:
 
 
 def _background(rng: np.random.Generator, size: int) -> Pixels:
-    """A gradient between two colours in any direction, sometimes with a soft pattern."""
-    first, second = rng.integers(0, 256, (2, 3))
-    angle = rng.uniform(0, 2 * math.pi)
-    y, x = np.mgrid[0:size, 0:size] / size - 0.5
-    along = (math.cos(angle) * x + math.sin(angle) * y + 0.7) / 1.4
-    ground = first + (second - first) * along[..., None].clip(0, 1)
-    if rng.random() < 0.5:
-        cells = int(rng.integers(3, 8))
-        coarse = rng.normal(0, 18, (cells, cells, 3))
-        ground = ground + cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    """Soft patches of many colours, as unlike each other in one image as in two."""
+    patches = rng.uniform(*_GROUND, (_PATCHES, _PATCHES, 3))
+    ground = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.asarray(ground.clip(0, 255), dtype=np.uint8)
 
 
