@@ -116,8 +116,8 @@ def _find_parts(path: str) -> tuple[str, str]:
         candidates = [root / name for name in names if (root / name).exists()]
         if not candidates:
             raise DataError(
-                f"--data {path} has no `{part}` below it: an evaluation needs `train` and `val`, or "
-                "both parts as TRAIN,VAL"
+                f"--data {path} has no `{part}` below it: an evaluation needs `train` and `val`, "
+                "or both parts as TRAIN,VAL"
             )
         found[part] = str(candidates[0])
     return found["train"], found["val"]
@@ -163,9 +163,7 @@ def _read_labels(path: str) -> dict[str, str]:
     return labels
 
 
-def _labels_by_name(
-    source: Source, labels: dict[str, str], path: str, used: set[str]
-) -> list[str]:
+def _labels_by_name(source: Source, labels: dict[str, str], path: str, used: set[str]) -> list[str]:
     found: list[str] = []
     missing: list[str] = []
     for index in range(len(source)):

@@ -36,6 +36,9 @@ class Context:
         folder: of this evaluation; holds what a resumed one goes on from, and pictures.
         device: of this rank.
         say: tells the user something, on rank 0.
+        labels: file of labels instead of those that the data's layout tells, if any.
+        features: folder that keeps features from one evaluation to the next; `folder/features`
+            unless given.
     """
 
     model: str
@@ -45,6 +48,8 @@ class Context:
     folder: Path
     device: torch.device
     say: Callable[[str], None]
+    labels: str | None = None
+    features: Path | None = None
 
 
 @dataclass(frozen=True)

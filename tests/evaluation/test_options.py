@@ -1,0 +1,100 @@
+"""Options from the command line, their list without torch, and presets."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.evaluate import TASKS, load_task
+from seer_scale.errors import ConfigError
+from seer_scale.evaluation import knn, lowshot, options
+from seer_scale.evaluation.options import build_options, describe_options, parse_overrides
+from seer_scale.evaluation.presets import PRESETS
+
+HERE = Path(options.__file__).parent
+WRITTEN = [task for task in TASKS if (HERE / f"{task}.py").is_file()]
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+def test_the_list_is_that_of_the_class(task: str) -> None:
+    fields = load_task(task).options.model_fields
+    described = describe_options(task)
+    assert [option.name for option in described] == list(fields)
+    for option in described:
+        assert option.description == fields[option.name].description
+        assert option.default
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_for_its_task(name: str) -> None:
+    preset = PRESETS[name]
+    if preset.task not in WRITTEN:
+        pytest.skip(f"{preset.task} is not there")
+    chosen = build_options(preset.task, load_task(preset.task).options, preset.options, {})
+    assert chosen.model_dump(include=set(preset.options)).keys() == preset.options.keys()
+    if inner := preset.options.get("finetune"):
+        if "finetune" not in WRITTEN:
+            pytest.skip("finetune is not there")
+        import_module("seer_scale.evaluation.finetune").Options(**inner)
+
+
+def test_the_command_line_wins_over_the_preset() -> None:
+    preset = PRESETS["knn"].options
+    chosen = build_options("knn", knn.Options, preset, {"k": "7", "temperature": "[0.1, 1e-2]"})
+    assert (chosen.k, chosen.temperature, chosen.size) == ([7], [0.1, 0.01], 224)
+    inner = build_options(
+        "lowshot",
+        lowshot.Options,
+        {"finetune": {"epochs": 70, "batch": 256}},
+        {"finetune.epochs": "3", "train_list": "123", "fractions": "[]"},
+    )
+    assert inner.finetune == {"epochs": 3, "batch": 256}
+    assert (inner.train_list, inner.fractions) == ("123", [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"kk": "1"}, r"kk is no option of the task knn; did you mean k\? Its options are k, temp"),
+        ({"zzz": "1"}, "zzz is no option of the task knn; its options are k, temperature, size"),
+        ({"size": "big"}, r'size is "big", but must be an integer > 0 \(side of the centre crop'),
+        ({"size": "0"}, "size is 0, but must be an integer > 0"),
+        ({"k": "[0]"}, r"k is \[0\], every value has to be above 0"),
+        ({"k": "[]"}, r"k is \[\], but must be a list of integers"),
+        ({"k": "[1"}, "not valid YAML"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(overrides: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        build_options("knn", knn.Options, {}, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--k=3"], "--k is not an option"),
+        (["3"], "'3' is not key=value"),
+        (["k="], "k= has no value"),
+        (["k=3", "k=4"], "k is given twice: 3 and 4"),
+    ],
+)
+def test_arguments_of_another_form_are_named(arguments: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        parse_overrides(arguments)
+
+
+def test_presets_hold_the_published_numbers() -> None:
+    linear: dict[str, Any] = {
+        name: (PRESETS[name].options["epochs"], PRESETS[name].options["lr_steps"])
+        for name in ("imagenet_linear", "places205_linear", "inat18_linear")
+    }
+    assert linear == {
+        "imagenet_linear": (28, [8, 16, 24]),
+        "places205_linear": (14, [4, 8, 12]),
+        "inat18_linear": (84, [24, 48, 72]),
+    }
+    assert PRESETS["imagenet_1pct"].options["finetune"]["epochs"] == 70
