@@ -109,6 +109,7 @@ class OptimSection(Section):
         None, description="peak learning rate; null means base_lr * global batch / 256"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    nesterov: bool = Field(False, description="Nesterov's momentum")
     weight_decay: NonNegativeFloat = Field(
         1e-5, description="on every tensor, BatchNorm and biases too"
     )
