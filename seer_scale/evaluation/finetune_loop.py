@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,32 +18,18 @@ from seer_scale.config import RunConfig
 from seer_scale.ds_config import load_ds_config, resolve_ds_config
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.evaluation.augment_labelled import MiddleCrop, TrainCrop, batches, epoch_order
+from seer_scale.evaluation.finetune_options import Options, learning_rate
 from seer_scale.evaluation.labelled import LabelledData
 from seer_scale.evaluation.task import Context
 from seer_scale.models import build_classifier, seeded_values
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import shard
-from seer_scale.schedules import scaled_lr
 from seer_scale.slices import Values
 from seer_scale.tensor_file import write_tensors
 
-if TYPE_CHECKING:
-    from seer_scale.evaluation.finetune import Options
-
 CLASSIFIER = "classifier.safetensors"
 _CHECKPOINTS = "checkpoints"
-
-
-def learning_rate(options: Options, step: int, steps_per_epoch: int) -> float:
-    """Of step `step`, counted from 0; the warm-up rises to what the schedule has there."""
-    epoch = step / steps_per_epoch
-    rate = scaled_lr(options.base_lr, options.batch)
-    if options.schedule == "cosine":
-        rate *= (1 + math.cos(math.pi * epoch / options.epochs)) / 2
-    else:
-        rate *= options.lr_gamma ** sum(epoch >= end for end in options.lr_steps)
-    return rate * min(1.0, (step + 1) / max(1.0, options.warmup_epochs * steps_per_epoch))
 
 
 class FineTuning:
@@ -183,7 +168,7 @@ class FineTuning:
             urgent=last,
         )
 
-    # ------------------------------------------------------------------------------- what it is worth
+    # ------------------------------------------------------------------------------- results
 
     @torch.no_grad()
     def test(self) -> Tensor:

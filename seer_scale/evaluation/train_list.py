@@ -1,4 +1,4 @@
-"""A given subset of the training images: a file of their names, as low-shot splits are published."""
+"""A given subset of the training images: a file of names, as low-shot splits are published."""
 
 from __future__ import annotations
 

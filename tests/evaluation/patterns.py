@@ -1,4 +1,4 @@
-"""Tiny labelled sets for tests that train: four patterns in random colours, and whole jobs on them."""
+"""Tiny labelled sets for tests that train: four patterns in random colours."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import seer_scale
 from seer_scale.errors import DataError, UserError
 from seer_scale.evaluation import finetune
 from seer_scale.evaluation.augment_labelled import MiddleCrop, TrainCrop, batches, epoch_order
-from seer_scale.evaluation.finetune_loop import learning_rate
+from seer_scale.evaluation.finetune_options import learning_rate
 from seer_scale.evaluation.labelled import open_labelled
 from seer_scale.evaluation.task import Result
 from seer_scale.models import Classifier, build_classifier, initialise
