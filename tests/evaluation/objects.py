@@ -41,7 +41,9 @@ def _write_part(folder: Path, part: str, images: int, seed: int) -> None:
             y = int(64 * (corner // 2) + rng.integers(2, 62 - size))
             mask = Image.new("1", (SIDE, SIDE))
             for canvas in (draw, ImageDraw.Draw(mask)):
-                fill: Any = 1 if canvas is not draw else tuple(rng.choice([10, 128, 245], 3).tolist())
+                fill: Any = (
+                    1 if canvas is not draw else tuple(rng.choice([10, 128, 245], 3).tolist())
+                )
                 if kind == 0:
                     canvas.ellipse((x, y, x + size, y + size), fill=fill)
                 elif kind == 1:
