@@ -122,7 +122,8 @@ def open_coco(path: str, *, masks: bool) -> tuple[CocoPart, CocoPart]:
         raise DataError(
             f"--data {path} is no folder with `train`, `val` and `annotations` below it"
         )
-    train, val = (read_part(*_find(root, part), masks=masks) for part in _PARTS)
+    places = [_find(root, part) for part in _PARTS]
+    train, val = (read_part(folder, file, masks=masks) for folder, file in places)
     if train.categories != val.categories:
         raise DataError(
             f"{train.annotations} and {val.annotations} have different categories: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 import seer_scale
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.data import open_source
-from seer_scale.errors import ConfigError, DataError
+from seer_scale.errors import ConfigError
 from seer_scale.evaluation.features import extract_features
 from seer_scale.evaluation.knn import knn_top1
 from seer_scale.evaluation.prototype_sheet import score_prototypes
@@ -78,7 +77,11 @@ def test_the_number_is_that_of_the_checkpoint_s_trunk(
     ("world", "more"),
     [
         (2, ["sharding.strategy=fsdp"]),
-        (2, ["--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json")]),
+        pytest.param(
+            2,
+            ["--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json")],
+            marks=pytest.mark.slow,
+        ),
         (4, ["sharding.sync_bn_group_size=2"]),
     ],
 )
@@ -117,8 +120,8 @@ def test_resuming_is_sample_exact_and_keeps_what_was_found(
 
 def aliases(run_dir: Path) -> dict[int, list[str]]:
     """Of every model that the run has logged."""
-    events = read_events(run_dir / "tracking" / "spool.jsonl")
-    return {e["step"]: e["aliases"] for e in events if e["kind"] == "model"}
+    events = read_events(run_dir / "tracking" / "spool.jsonl", 0)
+    return {e.fields["step"]: e.fields["aliases"] for e in events if e.kind == "model"}
 
 
 def run_judged(argv: list[str], scores: list[float]) -> int:
@@ -157,7 +160,6 @@ def test_what_is_wrong_with_it_is_said_before_training(
     with pytest.raises(AssertionError, match=r"nowhere is no folder with `train` and `val`"):
         distributed(run_job, 1, argv)
     assert not (tmp_path / "run").exists()
-    assert issubclass(DataError, Exception)
 
 
 def test_prototype_scores_are_the_model_s(
@@ -182,4 +184,3 @@ def test_prototype_scores_are_the_model_s(
         _, expected = model([pictures])
         actual = score_prototypes(reader, model.trunk(pictures))
     torch.testing.assert_close(actual, expected)
-    assert json.dumps(config)
