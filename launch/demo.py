@@ -104,7 +104,7 @@ def report(run_dir: Path, accuracy: dict[str, float], seconds: float) -> None:
     from seer_scale.tracking.mlflow_client import newest_version
     from seer_scale.tracking.uri import redact, resolve_uri
 
-    lines = read_lines(run_dir / METRICS)
+    lines = [line for line in read_lines(run_dir / METRICS) if "loss" in line]
     tail = lines[len(lines) // 2 :]
     speed = sorted(line["images_per_second"] for line in tail)[len(tail) // 2]
     version = newest_version("seer-demo", resolve_uri())

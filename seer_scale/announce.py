@@ -67,7 +67,10 @@ def announce(
     changed = [
         f"{key} {saved.get(key)} -> {value}"
         for key, value in now.items()
-        if saved.get(key) != value and not key.startswith(("run.dir", "tracking."))
+        # A key that is younger than the checkpoint has no other value there.
+        if (key in saved or key.startswith("objective."))
+        and saved.get(key) != value
+        and not key.startswith(("run.dir", "tracking."))
     ]
     if changed:
         say(f"resumed with other values than it was saved with: {', '.join(changed)}")

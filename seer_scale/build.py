@@ -14,6 +14,7 @@ from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, build_lo
 from seer_scale.data.addresses import is_remote
 from seer_scale.data.cache import default_folder
 from seer_scale.data.shard_manifest import is_manifest
+from seer_scale.evaluation.during_training import DuringTraining
 from seer_scale.models import MultiCropModel, build_model
 from seer_scale.parallel import distributed
 from seer_scale.schedules import learning_rate, scaled_lr, warmup_start
@@ -100,6 +101,24 @@ def batches_of(config: RunConfig, collection: Collection, first_sample: int) -> 
         augment_on=config.data.augment_on,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+    )
+
+
+def evaluation_of(config: RunConfig, device: torch.device) -> DuringTraining | None:
+    """What judges checkpoints during the training; None if nothing does."""
+    evaluation = config.eval
+    if evaluation.every is None:
+        return None
+    assert evaluation.data is not None  # the configuration sees to it
+    return DuringTraining(
+        evaluation.data,
+        size=evaluation.size,
+        k=evaluation.k,
+        temperature=evaluation.temperature,
+        images=evaluation.images,
+        batch=evaluation.batch,
+        prototypes=evaluation.prototypes,
+        device=device,
     )
 
 

@@ -23,9 +23,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only: the outer container is converted, what is inside stays strict.
 PositiveInts = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
-CropSizes = Annotated[
-    tuple[Annotated[int, Field(ge=TRUNK_STRIDE)], ...], Strict(False), Field(min_length=1)
-]
+CropSide = Annotated[int, Field(ge=TRUNK_STRIDE)]
+CropSizes = Annotated[tuple[CropSide, ...], Strict(False), Field(min_length=1)]
 Scale = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 Scales = Annotated[tuple[Scale, ...], Strict(False), Field(min_length=1)]
 BlockGroups = Annotated[tuple[Annotated[tuple[Positive, ...], Strict(False)], ...], Strict(False)]
@@ -109,6 +108,7 @@ class OptimSection(Section):
         None, description="peak learning rate; null means base_lr * global batch / 256"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    nesterov: bool = Field(False, description="Nesterov's momentum")
     weight_decay: NonNegativeFloat = Field(
         1e-5, description="on every tensor, BatchNorm and biases too"
     )
@@ -310,6 +310,34 @@ class CheckpointSection(Section):
     )
 
 
+class EvalSection(Section):
+    every: Positive | None = Field(
+        None,
+        description="steps between two kNN evaluations, each of a checkpoint that is saved for it; "
+        "the last step is evaluated too; null means never",
+    )
+    data: Text | None = Field(
+        None, description="labelled images: a folder with train and val below it, or TRAIN,VAL"
+    )
+    size: CropSide = Field(224, description="pixels of the middle crop")
+    k: Positive = Field(20, description="neighbours that vote")
+    temperature: PositiveFloat = Field(0.07, description="a vote weighs exp(cosine / temperature)")
+    images: Positive = Field(20_000, description="most images that are used of train and of val")
+    batch: Positive = Field(64, description="images per rank and forward pass")
+    prototypes: NonNegative = Field(
+        8, description="prototypes whose nearest images are drawn on a sheet; 0: no sheet"
+    )
+
+    @model_validator(mode="after")
+    def _has_images(self) -> Self:
+        if self.every is not None and self.data is None:
+            raise ValueError(
+                f"eval.every is {self.every}, but eval.data is not given: name a folder of "
+                "labelled images with train and val below it, or set eval.every=null"
+            )
+        return self
+
+
 class TrackingSection(Section):
     enabled: bool = Field(True, description="send the run to MLflow")
     uri: Text | None = Field(
@@ -339,6 +367,7 @@ class RunConfig(Section):
     data: DataSection
     checkpoint: CheckpointSection
     tracking: TrackingSection
+    eval: EvalSection = EvalSection()
 
 
 def _lists(rows: tuple[tuple[Any, ...], ...] | None) -> list[list[Any]]:

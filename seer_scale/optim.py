@@ -65,7 +65,8 @@ class SliceSGD(torch.optim.Optimizer):
     For a tensor p with gradient g, LARC (trust coefficient t) uses
         ratio = t * |p| / (|g| + weight_decay * |p| + eps),    g <- ratio * (g + weight_decay * p)
     and leaves g as it is, without weight decay, where |p| or |g| is 0, as SEER's implementation
-    does. Then m <- momentum * m + g and p <- p - lr * m. Rows of `unit_rows` tensors are scaled
+    does. Then m <- momentum * m + g and p <- p - lr * m, with Nesterov's momentum
+    p <- p - lr * (g + momentum * m). Rows of `unit_rows` tensors are scaled
     back to length one afterwards (SwAV's rule for prototypes). A `frozen` tensor keeps its values,
     and neither gradient, decay nor momentum of a frozen step is remembered.
 
@@ -77,6 +78,7 @@ class SliceSGD(torch.optim.Optimizer):
         trust_coefficient: LARC's t; None for plain SGD.
         loss_scale: what the gradients are multiplied by, for float16; a step whose gradients
             overflow is skipped, on every rank alike.
+        nesterov: Nesterov's momentum, as torch's SGD has it.
         momentum_on_host: keep the momentum in (pinned) host memory and bring over one tensor's at
             a time: less device memory for more traffic.
     """
@@ -89,6 +91,7 @@ class SliceSGD(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         trust_coefficient: float | None,
+        nesterov: bool = False,
         shards: int = 1,
         shard_group: dist.ProcessGroup | None = None,
         loss_scale: LossScale | None = None,
@@ -99,6 +102,7 @@ class SliceSGD(torch.optim.Optimizer):
             groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
         )
         self.trust_coefficient = trust_coefficient
+        self.nesterov = nesterov
         self.shards, self.shard_group = shards, shard_group
         self.loss_scale = loss_scale
         self.momentum_on_host = momentum_on_host
@@ -202,7 +206,9 @@ class SliceSGD(torch.optim.Optimizer):
             update = grads[index] * on_grad[index]
             update.addcmul_(values[index], on_value[index])
             momentum.mul_(group["momentum"]).add_(update)
-            values[index].sub_(momentum, alpha=group["lr"])
+            if self.nesterov:
+                update.add_(momentum, alpha=group["momentum"])
+            values[index].sub_(update if self.nesterov else momentum, alpha=group["lr"])
             if momentum is not kept:
                 kept.copy_(momentum, non_blocking=True)
             if group["unit_rows"]:

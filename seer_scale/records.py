@@ -6,6 +6,7 @@ Rank 0 writes. A resumed run first drops the lines of steps that it is about to 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Any, Self, TextIO
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
+EVALUATED = "eval/knn_top1"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +54,7 @@ class Records:
             self._samples = (run_dir / SAMPLES).open("a", buffering=1)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl: of the step itself, or of an evaluation after it."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
 
     def samples(self, step: int, ids: list[int]) -> None:
@@ -66,6 +68,11 @@ class Records:
             with (self.run_dir / BAD_SAMPLES).open("a") as file:
                 for name, cause in bad:
                     file.write(json.dumps({"step": step, "name": name, "cause": cause}) + "\n")
+
+    def best_evaluation(self) -> float:
+        """The highest kNN top-1 so far; minus infinity before the first."""
+        lines = read_lines(self.run_dir / METRICS)
+        return max((line[EVALUATED] for line in lines if EVALUATED in line), default=-math.inf)
 
     def draw_curve(self) -> None:
         """Draws `curve.png` from what is there so far."""
@@ -92,7 +99,8 @@ class Records:
 
 def draw_curve(run_dir: Path) -> Path | None:
     """Draws loss, learning rate and the objective's health over the steps to `curve.png`."""
-    lines = read_lines(run_dir / METRICS)
+    everything = read_lines(run_dir / METRICS)
+    lines = [line for line in everything if "loss" in line]  # others are of evaluations
     if not lines:
         return None
     from matplotlib.figure import Figure  # half a second: only who draws pays for it
@@ -114,9 +122,13 @@ def draw_curve(run_dir: Path) -> Path | None:
     for key, (colour, style) in zip(health, styles, strict=False):
         values = [line.get(key) for line in lines]
         axes[3].plot(steps, values, style, linewidth=1.2, color=colour, label=key)
+    evaluated = [line for line in everything if EVALUATED in line]
+    if evaluated:
+        values = [line[EVALUATED] for line in evaluated]
+        axes[3].plot([line["step"] for line in evaluated], values, "k.-", label="kNN top-1")
     axes[3].set(title="objective", xlabel="step")
     axes[3].grid(alpha=0.3)
-    if health:
+    if health or evaluated:
         axes[3].legend()
     figure.suptitle(run_dir.name)
     path = run_dir / "curve.png"

@@ -12,13 +12,14 @@ from typing import Any, Self
 from torch import Tensor
 
 from seer_scale import build
-from seer_scale.checkpoint import Outcome, Saver
+from seer_scale.checkpoint import Outcome, Saver, checkpoint_folder
 from seer_scale.collection import InUse
 from seer_scale.config import RunConfig
 from seer_scale.errors import CheckpointError
+from seer_scale.evaluation.during_training import DuringTraining, sheet_of
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import Engine
-from seer_scale.records import Records
+from seer_scale.records import EVALUATED, Records
 from seer_scale.tracking import NullTracker, Tracker
 
 
@@ -55,6 +56,7 @@ class Saves:
         tracker: is given every checkpoint, and its trunk as a model.
         records: on rank 0; draw the curve anew with every checkpoint.
         say: tells the user something, on rank 0.
+        evaluation: judges checkpoints, if `eval.every` asks for it; then `best` follows it.
     """
 
     def __init__(
@@ -63,8 +65,11 @@ class Saves:
         tracker: Tracker | NullTracker,
         records: Records | None,
         say: Callable[[str], None],
+        evaluation: DuringTraining | None = None,
     ) -> None:
         self._config, self._tracker, self._records, self._say = config, tracker, records, say
+        self._evaluation = evaluation
+        self._best_score = records.best_evaluation() if records else -math.inf
         self._saver = Saver(
             Path(config.run.dir) / "checkpoints",
             trunk=config.model.trunk,
@@ -93,7 +98,7 @@ class Saves:
         """
         began = time.perf_counter()
         loss = sum(self._losses) / max(1, len(self._losses))
-        best = loss < state.best_loss
+        best = loss < state.best_loss and self._evaluation is None
         state.best_loss = min(loss, state.best_loss)
         self._losses = []
         self._tags[state.step] = {
@@ -118,6 +123,30 @@ class Saves:
             urgent=urgent,
         )
         self._metrics["checkpoint_stall"] = time.perf_counter() - began
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is to be judged."""
+        every = self._config.eval.every
+        return every is not None and (step % every == 0 or step == self._config.train.steps)
+
+    def evaluate(self, step: int) -> None:
+        """Judges the checkpoint that was started last, once it is whole; every rank calls it."""
+        assert self._evaluation is not None
+        self._saver.wait()
+        folder = checkpoint_folder(self._saver.root, step)
+        if not distributed.broadcast_object(folder.is_dir()):
+            return  # `settle` says why
+        found = self._evaluation.judge(folder)
+        if self._records:
+            self._records.metrics(step, found)
+            self._tracker.log_metrics(found, step)
+            score = found[EVALUATED]
+            self._tags[step] |= {EVALUATED.replace("/", "_"): f"{score:.6g}"}
+            self._tags[step]["best"] = score > self._best_score
+            self._best_score = max(score, self._best_score)
+            self._say(f"step {step}: kNN top-1 {score:.4f}")
+            if (sheet := sheet_of(folder)).exists():
+                self._tracker.log_artifact(sheet, folder=sheet.parent.name)
 
     def metrics(self) -> dict[str, float]:
         """For the next step's line: how long saves held up the training, and took."""

@@ -95,6 +95,7 @@ class Trainer:
             reader.check(build.model_of(config, torch.device("meta")))
         self.state = TrainState.of(reader.manifest, reader.folder) if reader else TrainState()
         self.plan = recompute_plan(partial(build.model_of, config), config)
+        evaluation = build.evaluation_of(config, device)
         # Not before all that a user may have got wrong: a finished run's record stays as it is.
         self.tracker = build.tracker_of(config, self.state.step)
         self.engine = shard(
@@ -126,7 +127,7 @@ class Trainer:
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.watchdog = Watchdog(60 * config.run.hang_minutes)
         self.records = self._open_records()
-        self.saves = Saves(config, self.tracker, self.records, self._say)
+        self.saves = Saves(config, self.tracker, self.records, self._say, evaluation)
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         announce(
             config,
@@ -256,12 +257,19 @@ class Trainer:
             if refresh:
                 self._read_manifest()
             last = stop is not Stop.NO or self.state.step == self.config.train.steps
-            if last or self.state.step % self.config.checkpoint.every == 0:
-                self.watchdog.at(self.state.step + 1, -1, "saving")
+            due = self.saves.evaluation_due(self.state.step)
+            if last or due or self.state.step % self.config.checkpoint.every == 0:
+                self.watchdog.at(self.state.step + 1, -2, "saving")
                 self.saves.start(
-                    self.state, self.engine, rank_state(self.objective, self.device), urgent=last
+                    self.state,
+                    self.engine,
+                    rank_state(self.objective, self.device),
+                    urgent=last or due,
                 )
                 saved_step = self.state.step
+            if due:
+                self.watchdog.at(self.state.step + 1, -1, "evaluating")
+                self.saves.evaluate(self.state.step)
         if problem := self.saves.finish():
             raise CheckpointError(
                 f"the last checkpoint, of step {saved_step}, was not written ({problem}): mend "
@@ -332,7 +340,7 @@ class Trainer:
 
     def _read_manifest(self) -> None:
         """Between two steps of all ranks; what was made ahead of another collection is dropped."""
-        self.watchdog.at(self.state.step + 1, -2, "reading the manifest of shards")
+        self.watchdog.at(self.state.step + 1, -3, "reading the manifest of shards")
         if self.collection.refresh(self.state.samples_seen):
             self.batches.close()
             self._open_batches()

@@ -55,6 +55,7 @@ def oracle(
     trust: float | None,
     frozen_steps: int = 0,
     shapes: dict[str, tuple[int, ...]] = SHAPES,
+    nesterov: bool = False,
 ) -> tuple[Result, list[float]]:
     """The formula of the class's docstring, tensor by tensor."""
     values = {name: start_value(name, shapes) for name in shapes}
@@ -72,7 +73,7 @@ def oracle(
             elif norm(p) > 0 and norm(g) > 0:
                 g = trust * norm(p) / (norm(g) + DECAY * norm(p) + EPS) * (g + DECAY * p)
             momenta[name] = BETA * momenta[name] + g
-            p -= LR * momenta[name]
+            p -= LR * (g + BETA * momenta[name] if nesterov else momenta[name])
             if name in UNIT_ROWS:
                 for row in p:
                     row /= norm(row)
@@ -80,9 +81,16 @@ def oracle(
     return {name: (values[name].flatten(), momenta[name].flatten()) for name in values}, grad_norms
 
 
-def build(groups: list[dict[str, Any]], trust: float | None, shards: int = 1) -> SliceSGD:
+def build(
+    groups: list[dict[str, Any]], trust: float | None, shards: int = 1, nesterov: bool = False
+) -> SliceSGD:
     return SliceSGD(
-        groups, momentum=BETA, weight_decay=DECAY, trust_coefficient=trust, shards=shards
+        groups,
+        momentum=BETA,
+        nesterov=nesterov,
+        weight_decay=DECAY,
+        trust_coefficient=trust,
+        shards=shards,
     )
 
 
@@ -152,8 +160,11 @@ def test_without_norm_the_raw_gradient_is_used_and_nothing_decays() -> None:
     assert parameters["still"].tolist() == [1.0, -2.0]
 
 
-@pytest.mark.parametrize(("decay", "exact"), [(0.0, True), (1e-2, False)])
-def test_without_larc_it_is_torch_sgd(decay: float, exact: bool) -> None:
+@pytest.mark.parametrize(
+    ("decay", "nesterov", "exact"),
+    [(0.0, False, True), (1e-2, False, False), (0.0, True, True), (1e-2, True, False)],
+)
+def test_without_larc_it_is_torch_sgd(decay: float, nesterov: bool, exact: bool) -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
     theirs = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
@@ -161,12 +172,18 @@ def test_without_larc_it_is_torch_sgd(decay: float, exact: bool) -> None:
     optimizer = SliceSGD(
         parameter_groups(ours, unit_rows=frozenset()),
         momentum=BETA,
+        nesterov=nesterov,
         weight_decay=decay,
         trust_coefficient=None,
     )
     apply_schedule(optimizer.param_groups, lr=0.1)
     reference = torch.optim.SGD(
-        theirs.parameters(), lr=0.1, momentum=BETA, weight_decay=decay, foreach=False
+        theirs.parameters(),
+        lr=0.1,
+        momentum=BETA,
+        nesterov=nesterov,
+        weight_decay=decay,
+        foreach=False,
     )
     for _ in range(5):
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -261,7 +278,11 @@ def counted_all_reduces() -> Iterator[list[int]]:
 
 
 def run_sharded(
-    mode: str, trust: float | None, frozen_steps: int, shapes: dict[str, tuple[int, ...]]
+    mode: str,
+    trust: float | None,
+    frozen_steps: int,
+    shapes: dict[str, tuple[int, ...]],
+    nesterov: bool = False,
 ) -> tuple[list[tuple[str, int, Tensor, Tensor]], list[float], list[int]]:
     """Slices after STEPS steps, gradient norms, all-reduces of the last step.
 
@@ -274,7 +295,7 @@ def run_sharded(
         {"params": [p], "name": n, "shape": shapes[n], "unit_rows": n in UNIT_ROWS, "frozen": False}
         for n, p in parameters.items()
     ]
-    optimizer = build(groups, trust, shards=world)
+    optimizer = build(groups, trust, shards=world, nesterov=nesterov)
     grad_norms, last_sizes = [], []
     for step in range(STEPS):
         frozen = UNIT_ROWS if step < frozen_steps else frozenset()
@@ -340,6 +361,11 @@ def test_slices_follow_the_formula_of_whole_tensors(
     assert_same(joined(per_rank, SHAPES), expected)
     for _, grad_norms, _ in per_rank:
         assert grad_norms == pytest.approx(expected_norms, rel=1e-12)
+
+
+def test_nesterov_is_exact_on_slices(distributed: Distributed) -> None:
+    per_rank = distributed(run_sharded, 2, "each", None, 0, SHAPES, True)
+    assert_same(joined(per_rank, SHAPES), oracle(None, nesterov=True)[0])
 
 
 @pytest.mark.parametrize(

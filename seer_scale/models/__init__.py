@@ -1,13 +1,18 @@
 """The model zoo: plain torch modules that know nothing of processes, objectives or configs."""
 
+from seer_scale.models.classifier import Classifier, build_classifier
 from seer_scale.models.initialise import initialise, seeded_values
 from seer_scale.models.multicrop import MultiCropModel, build_model
+from seer_scale.models.on_trunk import OnTrunk
 from seer_scale.models.regnet import TRUNKS, RegNetConfig, build_trunk
 
 __all__ = [
     "TRUNKS",
+    "Classifier",
     "MultiCropModel",
+    "OnTrunk",
     "RegNetConfig",
+    "build_classifier",
     "build_model",
     "build_trunk",
     "initialise",

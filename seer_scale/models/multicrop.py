@@ -6,23 +6,22 @@ tensor, so BatchNorm statistics are those of a resolution, as in SwAV and SEER.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seer_scale.models.heads import ProjectionHead, Prototypes
+from seer_scale.models.on_trunk import OnTrunk
 from seer_scale.models.regnet import RegNet, trunk_config
 
 
-class MultiCropModel(nn.Module):
+class MultiCropModel(OnTrunk):
     """The network that is pretrained; it knows no objective and no other process."""
 
     def __init__(self, trunk: RegNet, head: ProjectionHead, prototypes: Prototypes) -> None:
-        super().__init__()
-        self.trunk = trunk
+        super().__init__(trunk)
         self.head = head
         self.prototypes = prototypes
 
@@ -44,30 +43,6 @@ class MultiCropModel(nn.Module):
         embeddings = self.head(features)
         scored = embeddings if queue is None else torch.cat([embeddings, queue])
         return embeddings, self.prototypes(scored)
-
-    def stages(self) -> list[nn.Sequential]:
-        """The trunk's stages, each a sequence of residual blocks."""
-        return self.trunk.stages()
-
-    def blocks(self) -> list[list[nn.Module]]:
-        """The trunk's residual blocks, stage by stage."""
-        return self.trunk.blocks()
-
-    def units(self, heavy: int) -> list[nn.Module]:
-        """What a sharding strategy gathers and frees as one, inner modules before outer ones.
-
-        The blocks, the head, the prototypes, and single convolutions or linear layers of more than
-        `heavy` parameters. What is left over (the stem) belongs to the model itself.
-        """
-        parts = [*itertools.chain(*self.blocks()), self.head, self.prototypes]
-        units: list[nn.Module] = []
-        for part in parts:
-            for layer in part.modules():
-                own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-                if layer is not part and own > heavy:
-                    units.append(layer)
-            units.append(part)
-        return units
 
 
 def build_model(

@@ -6,14 +6,14 @@ The trainer calls, `backward`s, `step`s and reads `slices`; it never asks which 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from seer_scale.config import RunConfig
-from seer_scale.models import MultiCropModel
+from seer_scale.models import MultiCropModel, OnTrunk
 from seer_scale.optim import SliceSGD, parameter_groups
 from seer_scale.parallel import apex, distributed, fairscale
 from seer_scale.parallel.activation_budget import RecomputePlan, plan_recompute
@@ -69,7 +69,7 @@ class Engine(Protocol):
 
 
 def shard(
-    build: Callable[[torch.device], MultiCropModel],
+    build: Callable[[torch.device], OnTrunk],
     source: Callable[[nn.Module], Values],
     config: RunConfig,
     ds_config: dict[str, Any] | None,
@@ -98,7 +98,7 @@ def shard(
     layer = apex.sync_batchnorm if sharding.syncbn == "apex" else GroupedSyncBatchNorm
     convert_sync_batchnorm(model, sharding.sync_bn_group_size, layer)
     if train.precision == "apex-o1":
-        apex.apply_o1(model)
+        apex.apply_o1(cast(MultiCropModel, model))  # fine-tuning offers no Apex
     apply_activation_checkpointing(
         model.stages(),
         sharding.activation_checkpointing,
@@ -117,7 +117,7 @@ def shard(
 
 
 def recompute_plan(
-    build: Callable[[torch.device], MultiCropModel], config: RunConfig
+    build: Callable[[torch.device], OnTrunk], config: RunConfig
 ) -> RecomputePlan | None:
     """What `sharding.activation_checkpointing=auto:GIB` recomputes; None for other modes.
 
@@ -129,14 +129,14 @@ def recompute_plan(
         return None
     images = [count * config.train.micro_batch_size for count in data.crop_counts]
     return plan_recompute(
-        build,
+        cast(Callable[[torch.device], MultiCropModel], build),  # fine-tuning offers no budget
         crops=list(zip(images, data.crop_sizes, strict=True)),
         precision=config.train.precision,
         budget=budget,
     )
 
 
-def _ddp(model: MultiCropModel, values: Values, config: RunConfig, device: torch.device) -> Engine:
+def _ddp(model: OnTrunk, values: Values, config: RunConfig, device: torch.device) -> Engine:
     model.to_empty(device=device)
     fill(model, values)
     alone = distributed.world_size() == 1
@@ -155,7 +155,7 @@ def _ddp(model: MultiCropModel, values: Values, config: RunConfig, device: torch
     )
 
 
-def _fsdp(model: MultiCropModel, values: Values, config: RunConfig, device: torch.device) -> Engine:
+def _fsdp(model: OnTrunk, values: Values, config: RunConfig, device: torch.device) -> Engine:
     sharding = config.sharding
     hybrid = sharding.strategy == "hsdp"
     mesh = build_mesh(
@@ -187,9 +187,7 @@ def _fsdp(model: MultiCropModel, values: Values, config: RunConfig, device: torc
     )
 
 
-def _fairscale(
-    model: MultiCropModel, values: Values, config: RunConfig, device: torch.device
-) -> Engine:
+def _fairscale(model: OnTrunk, values: Values, config: RunConfig, device: torch.device) -> Engine:
     whole = fairscale.wrap_units(
         model,
         model.units(config.sharding.unit_parameters),
@@ -207,7 +205,7 @@ def _fairscale(
 
 
 def _zero(
-    model: MultiCropModel,
+    model: OnTrunk,
     values: Values,
     config: RunConfig,
     ds_config: dict[str, Any],
@@ -236,6 +234,7 @@ def _optimizer(
     return SliceSGD(
         parameter_groups(model, unit_rows=PROTOTYPES),
         momentum=optim.momentum,
+        nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
         trust_coefficient=optim.trust_coefficient if optim.larc else None,
         shards=shards,
