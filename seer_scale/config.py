@@ -367,7 +367,7 @@ class RunConfig(Section):
     data: DataSection
     checkpoint: CheckpointSection
     tracking: TrackingSection
-    eval: EvalSection = EvalSection()
+    eval: EvalSection = Field(default_factory=lambda: EvalSection.model_validate({}))
 
 
 def _lists(rows: tuple[tuple[Any, ...], ...] | None) -> list[list[Any]]:

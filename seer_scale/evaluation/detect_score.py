@@ -104,7 +104,7 @@ def average_precision(
 
 def _ground_truth(part: CocoPart) -> dict[str, Any]:
     """The annotations as pycocotools wants them, with all the fields it asks for."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for picture in part.pictures:
         for instance in picture.instances:
             left, top, right, bottom = instance.box

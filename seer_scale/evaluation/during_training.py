@@ -79,7 +79,8 @@ class DuringTraining:
             torch.cuda.empty_cache()
         right, rank, world = 0, distributed.rank(), distributed.world_size()
         mine = torch.arange(rank, len(queries), world)
-        for part in mine.split(_QUERIES):
+        for start in range(0, len(mine), _QUERIES):
+            part = mine[start : start + _QUERIES]
             share = knn_top1(
                 bank,
                 self._bank.targets,

@@ -12,8 +12,15 @@ from tests.evaluation.patterns import context, write_patterns
 
 FLOOR = 0.6  # of top-1 with four classes
 QUICK = {
-    **{"batch": 16, "size": 32, "test_size": 48, "test_resize": 48, "workers": 1},
-    **{"epochs": 6, "base_lr": 0.6, "schedule": "cosine", "warmup_epochs": 1},
+    "batch": 16,
+    "size": 32,
+    "test_size": 48,
+    "test_resize": 48,
+    "workers": 1,
+    "epochs": 10,
+    "base_lr": 0.4,
+    "schedule": "cosine",
+    "warmup_epochs": 1,
 }
 
 
