@@ -1,0 +1,1 @@
+"""Studies over model size, and what they will cost."""
