@@ -1,8 +1,8 @@
 """Saturating power laws through the points of a study, with how sure one can be of them.
 
 `y = floor + scale * x ** -exponent` (Kaplan et al., arXiv 2001.08361, with the irreducible term of
-Henighan et al., arXiv 2010.14701), for a loss or an error that falls with x. Fitted by SciPy from
-several starts; the band comes from a bootstrap over the points.
+Henighan et al., arXiv 2010.14701), for a loss or an error that falls with x. Least squares
+by SciPy; the band comes from a bootstrap over the points.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from scipy.optimize import minimize_scalar
 
 PARAMETERS = 3  # floor, scale, exponent
-_LARGEST_EXPONENT = 4.0
-_STARTS = (0.1, 0.3, 0.6, 1.0, 2.0)  # exponents; the problem has local minima
 Floats = NDArray[np.float64]
+_EXPONENTS: list[float] = np.geomspace(0.01, 4.0, 40).tolist()  # the cost has local minima
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def fit_power_law(
     residuals = points_y - law(points_x)
     rng = np.random.default_rng(seed)
     laws = [
-        _solve(points_x, _drawn(rng, points_x, points_y, law, residuals), least, near=law)
+        _solve(points_x, _drawn(rng, points_x, points_y, law, residuals), least)
         for _ in range(samples)
     ]
     return Fit(law, tuple(laws), _held_out(points_x, points_y, least))
@@ -134,32 +133,31 @@ def _held_out(x: Floats, y: Floats, least: float) -> float | None:
     return (predicted - measured) / measured if measured else None
 
 
-def _solve(x: Floats, y: Floats, least: float, near: PowerLaw | None = None) -> PowerLaw:
-    """Least squares in y; from several exponents, or from near a law that is about right."""
+def _solve(x: Floats, y: Floats, least: float) -> PowerLaw:
+    """Least squares in y. At a given exponent the rest is linear, so only that one is searched."""
     x_0 = math.exp(float(np.log(x).mean()))
     ratio = x / x_0
-    spread = max(float(np.ptp(y)), 1e-12)
-    highest = float(y.max()) + spread
-    starts = [near.exponent] if near else _STARTS
 
-    def residuals(parameters: Floats) -> Floats:
-        floor, scale, exponent = parameters
-        return np.asarray((floor + scale * ratio**-exponent - y) / spread)
+    def cost(exponent: float) -> float:
+        return _linear(ratio, y, exponent, least)[2]
 
-    best: tuple[float, Floats] | None = None
-    for exponent in starts:
-        # At a given exponent the rest is linear.
-        design = np.stack([np.ones_like(ratio), ratio**-exponent], axis=1)
-        floor, scale = np.linalg.lstsq(design, y, rcond=None)[0]
-        start = [
-            min(max(floor, least), highest),
-            max(float(scale), 1e-9 * spread),
-            min(max(exponent, 1e-3), _LARGEST_EXPONENT),
-        ]
-        bounds = ([least - 1e-12, 0.0, 0.0], [highest + 1e-12, np.inf, _LARGEST_EXPONENT + 1e-9])
-        found = least_squares(residuals, start, bounds=bounds, x_scale=[spread, spread, 1.0])
-        if best is None or found.cost < best[0]:
-            best = (float(found.cost), found.x)
-    assert best is not None
-    floor, scale, exponent = (float(value) for value in best[1])
+    best = int(np.argmin([cost(exponent) for exponent in _EXPONENTS]))
+    around = (_EXPONENTS[max(best - 1, 0)], _EXPONENTS[min(best + 1, len(_EXPONENTS) - 1)])
+    found = minimize_scalar(cost, bounds=around, method="bounded", options={"xatol": 1e-6})
+    exponent = float(found.x)
+    floor, scale, _ = _linear(ratio, y, exponent, least)
     return PowerLaw(floor, scale, exponent, x_0)
+
+
+def _linear(ratio: Floats, y: Floats, exponent: float, least: float) -> tuple[float, float, float]:
+    """The best floor of `least` or more and scale of 0 or more, and their sum of squares."""
+    z = ratio**-exponent
+    centred = z - z.mean()
+    scale = float(centred @ y) / float(centred @ centred)
+    floor = float(y.mean()) - scale * float(z.mean())
+    if floor < least:
+        floor, scale = least, float(z @ (y - least)) / float(z @ z)
+    if scale < 0:
+        floor, scale = max(float(y.mean()), least), 0.0
+    rest = floor + scale * z - y
+    return floor, scale, float(rest @ rest)

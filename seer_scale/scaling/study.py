@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 
 from seer_scale.config import RunConfig
 from seer_scale.errors import ConfigError
+from seer_scale.models.regnet import trunk_config
 from seer_scale.recipe import parse
 from seer_scale.yaml_text import read_yaml
 
@@ -155,6 +156,8 @@ def points_of(study: Study, root: Path, recipes: Path) -> list[Point]:
     Raises:
         ConfigError: if the recipe is unknown, or a point is no run that could be started.
     """
+    for trunk in study.sizes:
+        trunk_config(trunk)
     # Budgets outermost: with the first budget done there is a first curve over sizes.
     grid = itertools.product(study.images, study.seeds, study.objectives, study.sizes)
     return [_point(study, root, recipes, *entry) for entry in grid]
