@@ -57,6 +57,7 @@ setup(
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
+            "selenium>=4.30",
             "timm>=1.0.20",
             "transformers>=4.50",
             "types-PyYAML",

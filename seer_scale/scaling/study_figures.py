@@ -21,6 +21,7 @@ _WIDTH, _HEIGHT, _DPI = 5.0, 3.8, 120
 def draw_measure(panels: Sequence[Panel], path: Path) -> None:
     """All axes of one measure, two by two, with laws and their bands where there are any."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
     columns = 2
     lines = -(-len(panels) // columns)
@@ -30,9 +31,13 @@ def draw_measure(panels: Sequence[Panel], path: Path) -> None:
         for number, series in enumerate(panel.series):
             _draw_series(axes, series, number)
         axes.set(xscale="log", xlabel=AXES[panel.axis][0], ylabel=panel.title)
+        _label_sizes(axes)
         if min(min(series.y) for series in panel.series) > 0:
             axes.set_yscale("log")
-        axes.grid(True, which="both", alpha=0.25)
+            # Losses span less than a decade: a logarithm's own ticks would say 2.4 x 10^0.
+            axes.yaxis.set(major_locator=MaxNLocator(6), minor_locator=NullLocator())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axes.grid(True, alpha=0.25)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=_DPI)
 
@@ -60,8 +65,17 @@ def draw_efficiency(rows: Sequence[Row], path: Path) -> None:
             axes.plot(*zip(*chosen, strict=True), _MARKS[number], color=_COLOURS[number])
         axes.set(xscale="log", xlabel=AXES["parameters"][0], ylabel=title)
         axes.set_ylim(bottom=0)
-        axes.grid(True, which="both", alpha=0.25)
+        _label_sizes(axes)
+        axes.grid(True, alpha=0.25)
     figure.savefig(path, dpi=_DPI)
+
+
+def _label_sizes(axes: Any) -> None:
+    """2M, 5M, 10M ... instead of powers of ten, on the logarithmic x axis."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _draw_series(axes: Any, series: Series, number: int) -> None:
