@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 
 from seer_scale.errors import ConfigError, UserError
-from seer_scale.scaling.costs import Cost, cost_of
+from seer_scale.scaling.plan import Plan, plan
 from seer_scale.scaling.study import Point, Study, points_of, read_study
 from seer_scale.scaling.study_report import write_report
 from seer_scale.scaling.study_results import row_of
@@ -47,14 +47,14 @@ def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
     lines = [header]
     total = 0.0
     for point, cost in zip(points, _costs(study, points), strict=True):
-        hours = cost.step_seconds * point.config.train.steps / 3600
+        hours = cost.days * 24
         total += hours
         lines.append(
             [
                 point.name,
-                f"{cost.parameters / 1e6:.2f}M",
-                f"{cost.flops_per_image * point.images:.2e}",
-                f"{cost.memory_gib:.2f} GiB",
+                f"{cost.shape.trunk / 1e6:.2f}M",
+                f"{cost.flops.training * point.images:.2e}",
+                f"{cost.memory.gib()['total']:.2f} GiB",
                 f"{hours:.3f}",
                 "finished" if is_finished(study, root, point) else "to do",
             ]
@@ -118,9 +118,9 @@ def report(study: Study, root: Path, points: Sequence[Point], say: Say) -> Path:
             study,
             root,
             point,
-            parameters=cost.parameters,
-            flops_per_image=cost.flops_per_image,
-            peak_flops=cost.peak_flops,
+            parameters=cost.shape.trunk,
+            flops_per_image=cost.flops.training,
+            peak_flops=cost.hardware.peak(cost.config.train.precision),
         )
         for point, cost in zip(done, _costs(study, done), strict=True)
     ]
@@ -156,7 +156,7 @@ def slurm_array(study: Study, path: Path, root: Path, points: Sequence[Point]) -
     )
 
 
-def _costs(study: Study, points: Sequence[Point]) -> list[Cost]:
+def _costs(study: Study, points: Sequence[Point]) -> list[Plan]:
     """What every point needs.
 
     Raises:
@@ -164,12 +164,19 @@ def _costs(study: Study, points: Sequence[Point]) -> list[Cost]:
     """
     costs = []
     for point in points:
-        cost = cost_of(point.config, hardware=study.hardware, processes=study.processes)
+        cost = plan(
+            point.config,
+            study.hardware,
+            nodes=1,
+            gpus_per_node=study.processes,
+            images=point.images,
+        )
         if not cost.fits:
             raise ConfigError(
-                f"{point.name} needs {cost.memory_gib:.1f} GiB on each of {study.processes} ranks "
-                f"of {study.hardware}, which has {cost.available_gib:.1f} GiB: leave that size "
-                "out, take more processes, or set sharding and activation checkpointing under `set`"
+                f"{point.name} needs {cost.memory.gib()['total']:.1f} GiB on each of "
+                f"{study.processes} ranks of {study.hardware}, which has "
+                f"{cost.hardware.usable_gib:.1f} GiB: leave that size out, take more processes, or "
+                "set sharding and activation checkpointing under `set`"
             )
         costs.append(cost)
     return costs
