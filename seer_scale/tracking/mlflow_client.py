@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -338,6 +339,82 @@ def log_study(
     except MlflowException as error:
         raise UserError(f"the study is not kept at {redact(uri)}: {one_line(error)}") from None
     return run_id
+
+
+def run_of_model(source: str, uri: str) -> tuple[str | None, int | None]:
+    """Run and step of `models:/NAME@alias`, `/version` or `models:/<id>`; None where unknown.
+
+    Raises:
+        MlflowException: the server does not answer, or knows no such model.
+    """
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    name, at, alias = source.removeprefix("models:/").partition("@")
+    name, slash, number = (name, "", "") if at else name.partition("/")
+    if not at and not slash:
+        model = client.get_logged_model(name)
+        run_id, tags = model.source_run_id, model.tags
+    else:
+        if at or number == "latest":
+            version = client.get_model_version_by_alias(name, alias or number)
+        else:
+            version = client.get_model_version(name, number)
+        run_id, tags = version.run_id, version.tags
+    step = tags.get("step", "")
+    return run_id or None, int(step) if step.isdecimal() else None
+
+
+def log_evaluation(
+    uri: str,
+    *,
+    run_id: str | None,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, str],
+    metrics: Mapping[str, float],
+    step: int,
+    files: Iterable[Path],
+    folder: str,
+    scratch: Path,
+) -> str:
+    """Logs metrics and files under a run, whose status stays as it is, or under one of its own.
+
+    Args:
+        uri: of the server, with credentials.
+        run_id: of the run, if there is one.
+        experiment: of a run of its own.
+        run_name: of a run of its own, which the same name finds again.
+        params: of a run of its own.
+        metrics: values by name.
+        step: of the model.
+        files: to be uploaded.
+        folder: of the run's artifacts that they go to.
+        scratch: unused while no model is logged.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        MlflowException: the server refuses, or does not answer.
+    """
+    run = MlflowRun(
+        uri,
+        experiment=experiment,
+        registered_name="",
+        spool_id=run_name,
+        run_id=run_id,
+        scratch=scratch,
+    )
+    now = time.time_ns() // 1_000_000
+    own = run_id is None
+    if own:
+        run.open(run_name, now)
+        run.log_params(params)
+    run.log_metrics((name, value, now, step) for name, value in metrics.items())
+    for file in files:
+        run.log_artifact(file, folder)
+    if own:
+        run.finish("FINISHED", now)
+    return str(run.run_id)
 
 
 class RegisteredVersion(NamedTuple):

@@ -1,0 +1,168 @@
+"""Where an evaluation's result goes: a JSON file, and MLflow, under the run that made the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from seer_scale.errors import DataError, UserError
+from seer_scale.tracking.quiet import quieten
+from seer_scale.tracking.spool import FOLDER, SENT, SETTINGS, read_json
+from seer_scale.tracking.uri import environment, one_line, redact, resolve_uri, with_credentials
+
+EXPERIMENT = "seer-scale-evaluation"
+NO_MLFLOW = "none"
+_REGISTRY = "models:/"
+_STEP = re.compile(r"step_(\d+)")
+_ABOVE = 4  # a run's folder is at most so far above the trunk in one of its checkpoints
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The MLflow run that a model comes from: server, run and step; None where unknown."""
+
+    uri: str | None = None
+    run_id: str | None = None
+    step: int | None = None
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes the JSON file in one step.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}): name another file"
+        ) from error
+
+
+def log_report(
+    report: Mapping[str, Any],
+    files: Sequence[Path],
+    *,
+    model: str,
+    name: str,
+    uri: str | None,
+    say: Callable[[str], None],
+) -> str | None:
+    """Logs metrics as `eval/TASK/METRIC` and files as `evaluation/TASK/...`.
+
+    A server that does not answer costs a warning: the result stays in the JSON file.
+
+    Args:
+        report: what the JSON file holds.
+        files: pictures and the JSON file.
+        model: the source as the user gave it.
+        name: of a run of its own, where the model comes from no run.
+        uri: of the server; else the run's own, MLFLOW_TRACKING_URI or the default. `none` logs
+            nothing.
+        say: tells the user something.
+
+    Returns:
+        The run's id, or None if nothing was logged.
+    """
+    if uri == NO_MLFLOW:
+        return None
+    task = str(report["task"])
+    try:
+        chosen = _server(model, uri)
+        if not _answers(chosen):
+            raise UserError(f"{redact(chosen)} does not answer")
+        os.environ.update(environment(chosen))
+        quieten()
+        from seer_scale.tracking.mlflow_client import log_evaluation
+
+        origin = find_origin(model, chosen)
+        run_id = log_evaluation(
+            os.environ["MLFLOW_TRACKING_URI"],
+            run_id=origin.run_id,
+            experiment=EXPERIMENT,
+            run_name=name,
+            params={key: str(report[key]) for key in ("task", "model", "data", "preset", "trunk")},
+            metrics={f"eval/{task}/{key}": value for key, value in report["metrics"].items()},
+            step=origin.step or 0,
+            files=files,
+            folder=f"evaluation/{task}",
+            scratch=files[0].parent if files else Path(),
+        )
+    except Exception as error:  # whatever MLflow raises: hours of evaluation are not lost to it
+        say(f"warning: MLflow has not got the result, which stays in its file: {one_line(error)}")
+        return None
+    say(f"logged under MLflow run {run_id} at {redact(chosen)}")
+    return run_id
+
+
+def find_origin(model: str, uri: str) -> Origin:
+    """The run that a model comes from, as far as `uri` is where it was logged.
+
+    Raises:
+        MlflowException: the registry does not answer, or knows no such model.
+    """
+    if model.startswith(_REGISTRY):
+        from seer_scale.tracking.mlflow_client import run_of_model
+
+        run_id, step = run_of_model(model, os.environ.get("MLFLOW_TRACKING_URI", uri))
+        return Origin(uri, run_id, step)
+    run_dir = _run_folder(model)
+    if run_dir is None:
+        return Origin()
+    sent = read_json(run_dir / FOLDER / SENT)
+    known = sent.get("uri") == redact(uri)
+    return Origin(uri, sent.get("run_id") if known else None, _step(Path(model), run_dir))
+
+
+def _server(model: str, uri: str | None) -> str:
+    if uri is None and (run_dir := _run_folder(model)) is not None:
+        settings = read_json(run_dir / FOLDER / SETTINGS)
+        if "uri" in settings:
+            return with_credentials(str(settings["uri"]))
+    return resolve_uri(uri)
+
+
+def _run_folder(model: str) -> Path | None:
+    """The tracked run that a local source belongs to."""
+    path = Path(model)
+    if not path.exists():
+        return None
+    path = path.resolve()
+    for folder in (path, *path.parents[:_ABOVE]):
+        if (folder / FOLDER / SETTINGS).is_file():
+            return folder
+    return None
+
+
+def _step(source: Path, run_dir: Path) -> int | None:
+    """Of the checkpoint that the source is, or of the newest one of the run."""
+    inside = source.resolve().relative_to(run_dir)
+    names = [*inside.parts, *sorted(p.name for p in (run_dir / "checkpoints").glob("step_*[0-9]"))]
+    found = [int(match[1]) for name in names if (match := _STEP.fullmatch(name))]
+    if not found:
+        return None
+    return found[0] if _STEP.search(str(inside)) else found[-1]
+
+
+def _answers(uri: str) -> bool:
+    """Whether a server answers at all; spares minutes of retries."""
+    if not uri.startswith("http"):
+        return True
+    try:
+        urlopen(f"{redact(uri).rstrip('/')}/health", timeout=10).close()
+    except HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
