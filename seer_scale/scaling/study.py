@@ -40,7 +40,7 @@ class Evaluation(_Section):
     """
 
     data: Text
-    tasks: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"knn": {}}, min_length=1)
+    tasks: dict[str, dict[str, Any]] = Field({"knn": {}}, min_length=1)
 
 
 class Study(_Section):
