@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["seer_scale", "seer_scale.*"]),
-    package_data={"seer_scale": ["py.typed"]},
+    package_data={"seer_scale": ["py.typed", "scaling/hardware/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -57,6 +57,7 @@ setup(
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
+            "selenium>=4.30",
             "timm>=1.0.20",
             "transformers>=4.50",
             "types-PyYAML",

@@ -34,6 +34,7 @@ LAYERS = {
     "seer_scale.convert": 2,
     "seer_scale.evaluation": 2,
     "seer_scale.tracking": 2,
+    "seer_scale.scaling": 3,
     "seer_scale.parallel.engine": 2,
     "seer_scale.parallel.torch_engine": 2,
     "seer_scale.parallel.fsdp": 2,
@@ -68,6 +69,7 @@ TORCH_FREE = [
     "seer_scale.yaml_text",
     "launch.pretrain",  # --help answers at once
     "launch.sync",
+    "launch.plan",  # so does its --help
 ]
 # What a part of the package may import besides itself and the standard library.
 ONLY = {

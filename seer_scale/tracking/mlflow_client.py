@@ -36,6 +36,8 @@ from seer_scale.tracking.uri import one_line, redact
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 _SPOOL_TAG = "seer_scale.spool"
 _DIGEST_TAG = "seer_scale.digest"
+_STUDY_TAG = "seer_scale.study"
+_PARENT_TAG = "mlflow.parentRunId"  # what MLflow's pages nest by
 _NOT_ON_INDEX = ("python", "seer_scale")
 _MAX_METRICS, _MAX_PARAMS = 1000, 100  # per request of MLflow's API
 _UPLOAD_TIMEOUT_S = 300
@@ -292,6 +294,51 @@ def _download_whole(client: MlflowClient, run_id: str, artifact: str, target: Pa
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download") as scratch:
         Path(client.download_artifacts(run_id, artifact, scratch)).rename(target)
+
+
+def log_study(
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    identity: str,
+    children: Sequence[str],
+    files: Sequence[Path],
+    finished: bool,
+) -> str:
+    """Keeps the parent run of a study: its children nested below it, its report beside it.
+
+    Args:
+        uri: of the server.
+        experiment: that parent and children are in.
+        name: of the parent run.
+        identity: of the study; the same one keeps its parent run.
+        children: ids of the runs of its points.
+        files: to be kept as artifacts.
+        finished: whether no point is left.
+
+    Returns:
+        The parent's run id.
+
+    Raises:
+        UserError: if the server does not answer, or refuses.
+    """
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        known = client.get_experiment_by_name(experiment)
+        number = known.experiment_id if known else client.create_experiment(experiment)
+        found = client.search_runs([number], f"tags.`{_STUDY_TAG}` = '{identity}'")
+        run = found[0] if found else client.create_run(number, run_name=name)
+        run_id = str(run.info.run_id)
+        client.set_tag(run_id, _STUDY_TAG, identity)
+        for child in children:
+            client.set_tag(child, _PARENT_TAG, run_id)
+        for file in files:
+            client.log_artifact(run_id, str(file), "report")
+        client.update_run(run_id, status="FINISHED" if finished else "RUNNING")
+    except MlflowException as error:
+        raise UserError(f"the study is not kept at {redact(uri)}: {one_line(error)}") from None
+    return run_id
 
 
 def run_of_model(source: str, uri: str) -> tuple[str | None, int | None]:

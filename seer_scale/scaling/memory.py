@@ -1,0 +1,248 @@
+"""Bytes of a rank by kind, at the moment of a step that needs most.
+
+What a strategy keeps is `parallel/state_bytes.py`, exact; activations are profiled by
+`parallel/activation_profile.py`, on tensors without memory. Here the backward pass is walked block
+by block: what is still held, what is gathered, which gradients there are by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from seer_scale.config import RunConfig
+from seer_scale.parallel.activation_profile import ActivationProfile
+from seer_scale.parallel.state_bytes import FLOAT, StateBytes, state_bytes
+from seer_scale.scaling.shape import Part, Shape
+
+GIB = 2**30
+DOUBLE = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank; the sum is what it takes at its fullest moment.
+
+    Attributes:
+        parameters: what the forward pass reads, as the rank keeps it.
+        gradients: once all of them exist.
+        optimizer: momentum, and ZeRO's masters.
+        buffers: of BatchNorm.
+        activations: what the passes take beyond all else. Early in the backward pass activations
+            are many and gradients few: they use the room that gradients fill later, and only what
+            exceeds it counts.
+        communication: buckets, and whole gradients that are about to be reduced.
+        gathered: whole weights beside the rank's own part of them.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    communication: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return float(sum(asdict(self).values()))
+
+    def gib(self) -> dict[str, float]:
+        """GiB by kind, and their `total`."""
+        kinds = {**asdict(self), "total": self.total}
+        return {kind: number / GIB for kind, number in kinds.items()}
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes beside parameters, optimizer and buffers."""
+
+    gradients: float
+    activations: float
+    communication: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.activations + self.communication + self.gathered
+
+
+def memory_of(
+    shape: Shape,
+    profile: ActivationProfile,
+    regions: Sequence[Sequence[int]],
+    config: RunConfig,
+    *,
+    shards: int,
+    world: int,
+    zero: Mapping[str, Any],
+    on_touch: bool = False,
+) -> Memory:
+    """What a rank takes.
+
+    Args:
+        shape: of the model.
+        profile: of one micro-batch.
+        regions: blocks that are recomputed together.
+        config: of the run.
+        shards: ranks that share one copy.
+        world: all ranks.
+        zero: DeepSpeed's `zero_optimization`, for strategy `zero`.
+        on_touch: whether memory counts only once it is written to, as on a CPU.
+    """
+    strategy, stage = config.sharding.strategy, int(zero.get("stage", 0))
+    state = state_bytes(
+        shape.tensors,
+        strategy,
+        shards,
+        stage=stage,
+        persistent=int(zero.get("stage3_param_persistence_threshold", 0)),
+    )
+    if config.optim.momentum_on_host:
+        state = StateBytes(state.parameters, state.gradients, FLOAT * max(shape.tensors) / shards)
+    if config.optim.fuse_backward:  # a unit's at a time
+        most = max(part.whole for part in (shape.stem, *shape.blocks, shape.top))
+        state = StateBytes(state.parameters, FLOAT * most / shards, state.optimizer)
+    walk = _Walk(shape, profile, regions, config, state, shards, world, zero, on_touch)
+    moments = [*walk.backward(), walk.step()]
+    fullest = max(moments, key=lambda moment: moment.total)
+    beyond = max(0.0, fullest.total - state.gradients)
+    communication = min(fullest.communication, beyond)
+    gathered = min(fullest.gathered, beyond - communication)
+    return Memory(
+        state.parameters,
+        state.gradients,
+        state.optimizer,
+        shape.buffers,
+        activations=beyond - communication - gathered,
+        communication=communication,
+        gathered=gathered,
+    )
+
+
+class _Walk:
+    """The moments of a step."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        profile: ActivationProfile,
+        regions: Sequence[Sequence[int]],
+        config: RunConfig,
+        state: StateBytes,
+        shards: int,
+        world: int,
+        zero: Mapping[str, Any],
+        on_touch: bool,
+    ) -> None:
+        self.shape, self.profile, self.config, self.state = shape, profile, config, state
+        self.shards, self.world, self.zero, self.on_touch = shards, world, zero, on_touch
+        self.stage = int(zero.get("stage", 0))
+        self.parts: list[Part] = [shape.stem, *shape.blocks, shape.top]
+        self.region_of = {block: region for region in regions for block in region}
+
+    def step(self) -> _Moment:
+        """The optimizer's: all gradients, and what one tensor's update takes."""
+        tensor = FLOAT * max(self.shape.tensors) / self.shards
+        # Rows are brought to length one in float64.
+        rows = (FLOAT + 2 * DOUBLE) * self.shape.prototypes / self.shards
+        return _Moment(self.state.gradients, max(tensor, rows), self._standing(), 0)
+
+    def backward(self) -> list[_Moment]:
+        """One moment for the head, every block and the stem."""
+        activations = self._activations()
+        done = 0
+        moments = []
+        for index in range(len(self.parts) - 1, -1, -1):
+            done += self.parts[index].whole
+            moments.append(
+                _Moment(
+                    self._gradients(done),
+                    activations[index],
+                    self._standing() + self._buckets(done) + self._under_way(index),
+                    FLOAT * self._gathered(index),
+                )
+            )
+        return moments
+
+    def _activations(self) -> list[float]:
+        """Bytes while the backward pass is in each part: what is held before it, and its own."""
+        profile = self.profile
+        most = [float(profile.ends + profile.stem.peak)]
+        held = profile.ends + profile.stem.held
+        for index, block in enumerate(profile.blocks):
+            region = self.region_of.get(index)
+            if region is None:
+                most.append(held + block.kept.peak)
+                held += block.kept.held
+            elif len(region) == 1:
+                most.append(held + block.recomputed.peak)
+                held += block.recomputed.held
+            else:
+                inside = sum(profile.blocks[b].kept.held for b in region if b < index)
+                most.append(held + inside + block.kept.peak)
+                if index == region[-1]:  # only what leaves a region is held
+                    held += block.recomputed.held
+        most.append(held + profile.head.peak)
+        return most
+
+    def _gradients(self, done: int) -> float:
+        """Bytes of complete gradients, once the backward pass has left `done` parameters behind."""
+        if self.config.sharding.strategy == "ddp" and self.world > 1:
+            return self.state.gradients  # views of buckets that are never freed
+        return self.state.gradients * min(1.0, done / self.shape.total)
+
+    def _standing(self) -> float:
+        """A bucket that is always there."""
+        return FLOAT * self._bucket() if self.stage == 3 else 0
+
+    def _buckets(self, done: int) -> float:
+        """Of the backward pass, which fills them with gradients."""
+        if self.stage not in (1, 2) or self.world == 1:
+            return 0
+        size = self._bucket() * (2 if self.zero.get("overlap_comm") else 1)
+        return FLOAT * (min(size, done) if self.on_touch else size)
+
+    def _bucket(self) -> int:
+        return int(self.zero.get("reduce_bucket_size", 500_000_000))
+
+    def _under_way(self, index: int) -> float:
+        """Whole gradients that are not reduced yet."""
+        part = self.parts[index]
+        if self.config.sharding.strategy in ("fsdp", "hsdp"):
+            # As autograd leaves them, and once more as the reduction's input.
+            return 2 * FLOAT * max(part.units) if self.world > 1 else 0
+        alone = self.world == 1 and self.config.sharding.strategy == "ddp"
+        return 0 if alone else FLOAT * part.largest_tensor
+
+    def _gathered(self, index: int) -> float:
+        """Parameters that are whole beside the rank's own."""
+        strategy = self.config.sharding.strategy
+        if self.stage == 3:
+            return self._gathered_by_zero(index)
+        if strategy not in ("fsdp", "hsdp"):
+            return 0
+        if not self.config.sharding.reshard_after_forward:
+            return sum(part.whole for part in self.parts[: index + 1])
+        region = self.region_of.get(index - 1)
+        if region is None:
+            here = sum(sorted(self.parts[index].units)[-2:])
+        else:  # the recomputation gathers all and frees none before its turn
+            here = sum(self.parts[block + 1].whole for block in region if block + 1 <= index)
+        first = index if region is None else region[0] + 1
+        ahead = self.parts[max(0, first - self.config.sharding.prefetch) : first]
+        return here + sum(max(part.units) for part in ahead) + self.shape.stem.whole * (index > 0)
+
+    def _gathered_by_zero(self, index: int) -> float:
+        if self.world == 1:
+            return 0
+        small = int(self.zero.get("stage3_param_persistence_threshold", 0))
+        share = sum(size for size in self.shape.tensors if size > small) / self.shape.total
+        before = share * sum(part.whole for part in self.parts[: index + 1])
+        least = max(part.largest_layer for part in self.parts[: index + 1])
+        least += int(self.zero.get("stage3_prefetch_bucket_size", 50_000_000))
+        # What will be used again soon stays.
+        live = int(self.zero.get("stage3_max_live_parameters", 1_000_000_000))
+        return min(before, max(live, least))
