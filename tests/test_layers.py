@@ -67,6 +67,8 @@ TORCH_FREE = [
     "seer_scale.yaml_text",
     "launch.pretrain",  # --help answers at once
     "launch.sync",
+    "launch.evaluate",
+    "launch.shapes",
 ]
 # What a part of the package may import besides itself and the standard library.
 ONLY = {
