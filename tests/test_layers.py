@@ -70,6 +70,8 @@ TORCH_FREE = [
     "launch.pretrain",  # --help answers at once
     "launch.sync",
     "launch.plan",  # so does its --help
+    "launch.evaluate",
+    "launch.shapes",
 ]
 # What a part of the package may import besides itself and the standard library.
 ONLY = {

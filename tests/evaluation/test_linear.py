@@ -23,7 +23,7 @@ SIZE = 32
 
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
 def test_top1_is_that_of_scikit_learns_logistic_regression(
-    few_shapes: Path, tmp_path: Path, solver: str
+    shapes: Path, tmp_path: Path, solver: str
 ) -> None:
     decay = 1e-2
     options = linear.Options(

@@ -166,7 +166,7 @@ def test_a_wrong_argument_is_one_sentence(arguments: list[str], expected: str) -
 def test_labels_that_do_not_match_and_unseen_classes_end_with_a_sentence(
     data: Path, tmp_path: Path
 ) -> None:
-    images = sorted(path.name for path in data.rglob("*.png"))
+    images = sorted(str(path.relative_to(data)) for path in data.rglob("*.png"))
     lines = [f"{name},{index % 3}" for index, name in enumerate(images)]
     (tmp_path / "few.csv").write_text("name,class\n" + "\n".join(lines[:-10]) + "\n")
     common = ("knn", "--model", MODEL, "size=32", "--mlflow-uri", "none")
