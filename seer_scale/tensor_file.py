@@ -128,6 +128,7 @@ def write_tensors(
             for start in range(0, len(data), CHUNK):
                 digest.update(data[start : start + CHUNK])
                 file.write(data[start : start + CHUNK])
+            del tensor, data  # or two are in memory while the next is read
         file.finish()
     return Stamp(layout.bytes, digest.hexdigest())
 

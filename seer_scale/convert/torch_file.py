@@ -58,6 +58,7 @@ def write_torch_file(
                 checksum = zlib.crc32(data[:count], checksum)
                 data, at = data[count:], at + count
             checksums[begin] = checksum
+            del tensor, data  # or two are in memory while the next is read
         _put_checksums(path, file.fileno(), checksums)
         os.fsync(file.fileno())
 
