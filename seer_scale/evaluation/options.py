@@ -32,12 +32,12 @@ class OptionText(NamedTuple):
 
 def describe_options(task: str) -> list[OptionText]:
     """The options of a task's module, which is not imported; empty if there is no such module."""
-    path = Path(__file__).with_name(f"{task}.py")
-    if not path.is_file():
-        return []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Options":
-            return list(_fields(node))
+    for name in (f"{task}.py", f"{task}_options.py"):
+        path = Path(__file__).with_name(name)
+        body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+        for node in body:
+            if isinstance(node, ast.ClassDef) and node.name == "Options":
+                return list(_fields(node))
     return []
 
 

@@ -155,9 +155,9 @@ PRESETS: dict[str, Preset] = {
         "COCO: Mask R-CNN with FPN, 90k iterations",
         {
             "iterations": 90_000,
-            "base_lr": 0.02,
+            "lr": 0.02,
             "lr_steps": [60_000, 80_000],
-            "warmup_iterations": 100,
+            "warmup": 100,
             "batch": 16,
             "batch_norm": "sync",
         },
