@@ -138,7 +138,8 @@ def _draw(axis: Any, by_name: dict[str, list[Point]], title: str) -> None:
         ranks = [p.ranks for p in points]
         percent = [100 * p.efficiency for p in points]
         lowest = min(lowest, *percent)
-        axis.plot(ranks, percent, color=colour, linewidth=1.4, label=name)
+        axis.plot(ranks, percent, color=colour, linewidth=1.4)
+        axis.plot([], [], color=colour, linewidth=1.4, marker=marker, label=name)
         for fits in (True, False):
             chosen = [(r, y) for r, y, p in zip(ranks, percent, points, strict=True)
                       if p.fits is fits]  # fmt: skip
