@@ -153,15 +153,15 @@ def _zero_weights(
         return [_split("gradients", "all_reduce", whole, buckets, world, "waiting")]
     if stage < 3:
         times = micro_batches if stage == 2 else 1
-        gather = math.ceil(whole / (FLOAT * int(zero.get("allgather_bucket_size", 500_000_000))))
+        # DeepSpeed all-reduces a bucket that is several ranks' (use_multi_rank_bucket_allreduce).
         return [
-            _split("gradients", "reduce_scatter", whole, buckets, world, hidden, times),
-            # Of what the optimizer has stepped.
-            _split("sharding", "all_gather", whole, gather, world, "waiting"),
+            _split("gradients", "all_reduce", whole, buckets, world, hidden, times),
+            # What the optimizer has stepped, group by group, and a group is a tensor.
+            _split("sharding", "all_gather", whole, len(shape.tensors), world, "waiting"),
         ]
     small = int(zero.get("stage3_param_persistence_threshold", 0))
     shared = float(FLOAT * sum(size for size in shape.tensors if size > small))
-    fetches = sum(len(part.units) for part in (shape.stem, *shape.blocks, shape.top))
+    fetches = max(1, sum(size > small for size in shape.tensors))
     found = [
         _split("gradients", "reduce_scatter", whole, buckets, world, hidden, micro_batches),
         _split("sharding", "all_gather", shared, fetches, world, "forward", micro_batches),

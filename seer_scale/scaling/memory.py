@@ -94,12 +94,14 @@ def memory_of(
     """
     strategy, stage = config.sharding.strategy, int(zero.get("stage", 0))
     state = state_bytes(
-        shape.tensors,
+        shape.padded(strategy, shards, stage=stage),
         strategy,
         shards,
         stage=stage,
         persistent=int(zero.get("stage3_param_persistence_threshold", 0)),
     )
+    if stage == 1:  # of the tensors, which are not filled up
+        state = StateBytes(state.parameters, float(FLOAT * shape.total), state.optimizer)
     if config.optim.momentum_on_host:
         state = StateBytes(state.parameters, state.gradients, FLOAT * max(shape.tensors) / shards)
     if config.optim.fuse_backward:  # a unit's at a time
@@ -192,11 +194,16 @@ class _Walk:
         """Bytes of complete gradients, once the backward pass has left `done` parameters behind."""
         if self.config.sharding.strategy == "ddp" and self.world > 1:
             return self.state.gradients  # views of buckets that are never freed
+        if self.stage == 3:
+            return self.state.gradients  # DeepSpeed keeps room for its part
         return self.state.gradients * min(1.0, done / self.shape.total)
 
     def _standing(self) -> float:
-        """A bucket that is always there."""
-        return FLOAT * self._bucket() if self.stage == 3 else 0
+        """Stage 3's bucket, which is always there, and what a reduction copies out of it."""
+        if self.stage != 3:
+            return 0
+        size = self._bucket()
+        return 2 * FLOAT * (min(size, self.shape.total) if self.on_touch else size)
 
     def _buckets(self, done: int) -> float:
         """Of the backward pass, which fills them with gradients."""

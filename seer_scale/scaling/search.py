@@ -147,10 +147,12 @@ def _choices(
     )
     if KEYS["micro"] in fixed:
         micros = [train.micro_batch_size]
-    sizes = {sharding.sync_bn_group_size, 0, own.gpus_per_node, 64}
-    syncs: Sequence[int] = sorted(
-        size for size in sizes if size <= own.world and (size <= 0 or own.world % size == 0)
-    )
+    by_ranks: dict[int, int] = {}  # the recipe's way of saying a size goes first
+    for size in (sharding.sync_bn_group_size, 0, own.gpus_per_node, 64):
+        ranks = {0: own.world, -1: own.gpus_per_node}.get(size, size)
+        if own.world % ranks == 0:
+            by_ranks.setdefault(ranks, size)
+    syncs: Sequence[int] = list(by_ranks.values())
     if KEYS["sync"] in fixed:
         syncs = [sharding.sync_bn_group_size]
     yield from itertools.product(names, modes, micros, syncs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,7 +40,7 @@ class Shape:
         trunk: parameters.
         head: parameters of the projection head.
         prototypes: parameters.
-        tensors: parameters of every tensor.
+        tensor_shapes: of every parameter.
         buffers: bytes; every rank holds all.
         norms: channels of every BatchNorm of the trunk, and of the head.
         stem: what runs before the blocks.
@@ -51,7 +52,7 @@ class Shape:
     trunk: int
     head: int
     prototypes: int
-    tensors: tuple[int, ...]
+    tensor_shapes: tuple[tuple[int, ...], ...]
     buffers: int
     norms: tuple[tuple[int, ...], tuple[int, ...]]
     stem: Part
@@ -63,6 +64,29 @@ class Shape:
     def total(self) -> int:
         """Parameters."""
         return self.trunk + self.head + self.prototypes
+
+    @cached_property
+    def tensors(self) -> tuple[int, ...]:
+        """Parameters of every tensor."""
+        return tuple(math.prod(shape) for shape in self.tensor_shapes)
+
+    def padded(self, strategy: str, shards: int, *, stage: int = 0) -> list[int]:
+        """Elements of every tensor, filled up until `shards` ranks hold equal parts.
+
+        FSDP2 deals out whole rows, and rank 0 has as many as any; ZeRO deals out elements, at
+        stages 1 and 2 in pairs.
+
+        Args:
+            strategy: of `sharding.strategy`.
+            shards: ranks that share one copy.
+            stage: of ZeRO, for strategy `zero`.
+        """
+        if strategy in ("fsdp", "hsdp"):
+            rows = ((shape[0], math.prod(shape[1:])) for shape in self.tensor_shapes)
+            return [_up(first, shards) * row for first, row in rows]
+        if strategy == "zero" and stage > 0:
+            return [_up(size, shards * (1 if stage == 3 else 2)) for size in self.tensors]
+        return list(self.tensors)
 
 
 def regions(
@@ -121,7 +145,7 @@ def read_shape(model: MultiCropModel, heavy: int) -> Shape:
         trunk=_count(model.trunk),
         head=_count(model.head),
         prototypes=_count(model.prototypes),
-        tensors=tuple(parameter.numel() for parameter in model.parameters()),
+        tensor_shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         norms=(_channels(model.trunk), _channels(model.head)),
         stem=_part([model.trunk.stem], heavy),
@@ -142,6 +166,10 @@ def _part(modules: Sequence[nn.Module], heavy: int) -> Part:
         units += [*alone, sum(layers) - sum(alone)]
     tensors = [p.numel() for module in modules for p in module.parameters()]
     return Part(sum(tensors), tuple(units), max(tensors), max(own))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _count(module: nn.Module) -> int:

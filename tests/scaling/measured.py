@@ -19,7 +19,7 @@ _REPLACED = ("train.micro_batch_size", "data.crop_sizes", "data.crop_counts", "m
 
 
 def measure(*arguments: str, ranks: int = 2) -> int:
-    """Bytes that the most loaded rank takes at the peak of a second step, beside the interpreter.
+    """Bytes that the most loaded rank takes at the peak of a third step, beside the interpreter.
 
     Args:
         arguments: of launch/pretrain.py.
@@ -66,7 +66,8 @@ def _measure(arguments: Sequence[str]) -> int:
 
     config = parse(arguments, recipes=memory.record.ROOT / "launch" / "recipes").config
     engine = memory.build_engine(config)[0]
-    _step(engine, config)
+    for _ in range(2):  # DDP makes its buckets anew at the second
+        _step(engine, config)
     _settle()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
