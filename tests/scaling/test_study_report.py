@@ -89,7 +89,10 @@ def test_pictures_are_drawn(made: tuple[Study, list[Row], Path]) -> None:
             assert len(image.convert("L").getcolors() or range(300)) > 16, path
 
 
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromium-driver is installed")
+@pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")),
+    reason="chromium and chromium-driver are not installed",
+)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_real_browser(made: tuple[Study, list[Row], Path], width: int) -> None:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -97,6 +100,7 @@ def test_the_page_in_a_real_browser(made: tuple[Study, list[Row], Path], width: 
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
         options.add_argument(argument)
     options.add_argument(f"--window-size={width},900")
+    options.binary_location = str(shutil.which("chromium"))
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     browser = webdriver.Chrome(options=options, service=service)
