@@ -1,9 +1,10 @@
 """Rendered shapes: a labelled set for whoever has no other, whose classes are nothing but shape.
 
-An image shows some shapes of one class. Colour, number, scale, place, angle and background are
-drawn without a look at the class, so no colour, no share of pixels and no texture tells it. Colours
-differ within an image as they do between images: what distant parts of one have in common is the
-class, which is what a method that makes crops of an image agree can learn here.
+An image shows some shapes of one class, dark on a light ground. Colour, number, scale, place, angle
+and background are drawn without a look at the class, so no colour and no share of pixels tells it.
+Colours differ within an image as they do between images: what distant parts of one have in common
+is the class, which is what a method that makes crops of an image agree can learn here. (With dark
+and light shapes mixed all crops look alike to an untrained trunk, and SwAV stays at ln K.)
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ Points = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
 _SUBPIXEL = 4  # bits of a pixel that OpenCV's coordinates may have behind the point
-_AREA = (0.015, 0.035)  # of the image, for one shape
-_COUNT = (8, 13)
-_PATCHES = 5  # of the ground, along a side
-_GROUND = (80.0, 176.0)  # of its colours, so that shapes stand out
+_GRID = 512
+_AREA = (0.05, 0.1)  # of the image, for one shape
+_COUNT = (4, 7)
+_PATCHES = 3  # of the ground, along a side
+_GROUND = (130.0, 255.0)  # of its colours, so that shapes stand out
+_DARK = 90.0  # the most that a shape has of red, green or blue
 _TILT = 0.35  # radians to either side
 _NOISE = 6.0
-_DISTANCE = 110.0  # in RGB, between a shape and the ground beneath it
 
 
 def _polygon(corners: int, *, inner: float = 1.0) -> Points:
@@ -54,25 +56,31 @@ def _bars(*boxes: tuple[float, float, float, float]) -> list[Points]:
     ]
 
 
-def _heart() -> list[Points]:
-    t = np.linspace(0, 2 * math.pi, 80)
-    x = 16 * np.sin(t) ** 3
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return [np.stack([x, -y], axis=1) / 16]
+def _dots(places: list[float], radius: float) -> list[Points]:
+    return [radius * _ellipse(1.0) + np.array([x, y]) for x in places for y in places]
+
+
+def _checks(count: int) -> list[Points]:
+    side = 2 / count
+    return _bars(
+        *(
+            (-1 + x * side, -1 + y * side, -1 + (x + 1) * side, -1 + (y + 1) * side)
+            for x in range(count)
+            for y in range(count)
+            if (x + y) % 2 == 0
+        )
+    )
 
 
 # Outlines by class, each filled; where two overlap an even number of times there is a hole. All
 # are their own mirror images, since augmentation flips.
 SHAPES: dict[str, Callable[[], list[Points]]] = {
-    "arrow": lambda: [
-        np.array([[0, -1], [0.8, 0], [0.3, 0], [0.3, 1], [-0.3, 1], [-0.3, 0], [-0.8, 0]])
-    ],
-    "bowtie": lambda: [np.array([[-1, -0.8], [0, 0], [1, -0.8], [1, 0.8], [0, 0], [-1, 0.8]])],
+    "checks": lambda: _checks(5),
     "disc": lambda: [_ellipse(1.0)],
-    "frame": lambda: _bars((-1, -1, 1, 1), (-0.6, -0.6, 0.6, 0.6)),
-    "grille": lambda: _bars((-1, -1, -0.6, 1), (-0.2, -1, 0.2, 1), (0.6, -1, 1, 1)),
-    "half": lambda: [_ellipse(1.0, 0.0, math.pi)],
-    "heart": _heart,
+    "dots": lambda: _dots([-0.75, -0.25, 0.25, 0.75], 0.17),
+    "frame": lambda: _bars((-1, -1, 1, 1), (-0.65, -0.65, 0.65, 0.65)),
+    "grille": lambda: _bars(*((x, -1.0, x + 0.2, 1.0) for x in (-1.0, -0.55, -0.1, 0.35, 0.8))),
+    "ladder": lambda: _bars(*((-1.0, y, 1.0, y + 0.2) for y in (-1.0, -0.55, -0.1, 0.35, 0.8))),
     "plus": lambda: [
         np.array(
             [
@@ -81,9 +89,10 @@ SHAPES: dict[str, Callable[[], list[Points]]] = {
             ]
         )
     ],
-    "ring": lambda: [_ellipse(1.0), 0.6 * _ellipse(1.0)],
+    "ring": lambda: [_ellipse(1.0), 0.65 * _ellipse(1.0)],
     "square": lambda: _bars((-1, -1, 1, 1)),
     "star": lambda: [_polygon(10, inner=0.42)],
+    "target": lambda: [radius * _ellipse(1.0) for radius in (1.0, 0.78, 0.56, 0.34)],
     "triangle": lambda: [_polygon(3)],
 }
 
@@ -176,27 +185,18 @@ def render(name: str, rng: np.random.Generator, size: int) -> Pixels:
 
 def _placed(outlines: list[Points], area: float, angle: float) -> list[Points]:
     """Turned, and scaled so that what is filled covers `area` pixels, whatever the class."""
-    filled = abs(sum(_signed_area(points) for points in _alternating(outlines)))
-    scale = math.sqrt(area / filled)
+    scale = math.sqrt(area / _filled(outlines))
     cos, sin = math.cos(angle), math.sin(angle)
     return [points @ np.array([[cos, sin], [-sin, cos]]) * scale for points in outlines]
 
 
-def _alternating(outlines: list[Points]) -> list[Points]:
-    """Those that lie within the first turned round, so that their area counts as a hole."""
-    first = outlines[0]
-    box = (first.min(0), first.max(0))
-    result = [first if _signed_area(first) > 0 else first[::-1]]
-    for points in outlines[1:]:
-        inside = (points >= box[0]).all() and (points <= box[1]).all()
-        positive = points if _signed_area(points) > 0 else points[::-1]
-        result.append(positive[::-1] if inside else positive)
-    return result
-
-
-def _signed_area(points: Points) -> float:
-    x, y = points[:, 0], points[:, 1]
-    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+def _filled(outlines: list[Points]) -> float:
+    """The area between the outlines, counted on a fine grid: holes in holes are simple there."""
+    grid = np.zeros((_GRID, _GRID), dtype=np.uint8)
+    unit = _GRID / 2 - 1  # pixels
+    fine = [np.round((points + 1) * unit).astype(np.int32) for points in outlines]
+    cv2.fillPoly(grid, fine, 1)
+    return float(grid.sum()) / unit**2
 
 
 def _background(rng: np.random.Generator, size: int) -> Pixels:
@@ -207,13 +207,10 @@ def _background(rng: np.random.Generator, size: int) -> Pixels:
 
 
 def _draw(canvas: Pixels, outlines: list[Points], rng: np.random.Generator) -> None:
-    """Fills the outlines with a colour that differs from what lies beneath."""
+    """Fills the outlines with a dark colour."""
     scaled = [np.round(points * 2**_SUBPIXEL).astype(np.int32) for points in outlines]
     mask = np.zeros(canvas.shape[:2], dtype=np.uint8)
     cv2.fillPoly(mask, scaled, 255, cv2.LINE_AA, _SUBPIXEL)
-    beneath = canvas[mask > 0].mean(0) if (mask > 0).any() else canvas.mean((0, 1))
-    colour = rng.uniform(0, 255, 3)
-    while np.linalg.norm(colour - beneath) < _DISTANCE:
-        colour = rng.uniform(0, 255, 3)
     share = mask[..., None] / 255
+    colour = rng.uniform(0, _DARK, 3)
     canvas[:] = (canvas * (1 - share) + colour * share).round().astype(np.uint8)
