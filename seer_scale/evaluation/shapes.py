@@ -1,7 +1,8 @@
 """Rendered shapes: a labelled set for whoever has no other, whose classes are nothing but shape.
 
 An image shows some shapes of one class, dark on a light ground. Colour, number, scale, place, angle
-and background are drawn without a look at the class, so no colour and no share of pixels tells it.
+and background are drawn without a look at the class, and so is the area of a figure; wide figures
+find less room, so that how dark an image is tells the class a little (tests say how much).
 Colours differ within an image as they do between images: what distant parts of one have in common
 is the class, which is what a method that makes crops of an image agree can learn here. (With dark
 and light shapes mixed all crops look alike to an untrained trunk, and SwAV stays at ln K.)

@@ -29,7 +29,7 @@ def voc(few_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "JPEGImages").mkdir(parents=True)
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)
-    wanted = {"round": {"disc", "ring", "half"}, "hollow": {"ring", "frame"}}
+    wanted = {"round": {"disc", "ring", "target"}, "hollow": {"ring", "frame"}}
     for part, name in (("train", "trainval"), ("val", "test")):
         files = sorted((few_shapes / part).rglob("*.png"))
         lines: dict[str, list[str]] = {key: [] for key in wanted}
