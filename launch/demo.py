@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from seer_scale.errors import UserError, exit_with  # noqa: E402
+from seer_scale.ports import free_port  # noqa: E402
 
 DATA = Path("data/demo")
 CROP = 96  # pixels; the tiles' size
@@ -38,14 +38,6 @@ def processes() -> int:
     import torch
 
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
-
-
-def free_port() -> int:
-    """A port that no other job on this machine listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def pretrain(run_dir: Path) -> None:

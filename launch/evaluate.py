@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
+from seer_scale.argument_types import Parser  # noqa: E402
 from seer_scale.errors import ConfigError, UserError, exit_with  # noqa: E402
 from seer_scale.evaluation.options import (  # noqa: E402
     build_options,
@@ -237,10 +238,7 @@ def _say_nothing(text: str) -> None:
     """Ranks other than 0."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
+class _Parser(Parser):
     def format_help(self) -> str:
         return "\n".join([super().format_help(), *_preset_lines(), "", *_option_lines(), ""])
 

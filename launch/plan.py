@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
-from seer_scale.argument_types import at_least  # noqa: E402
+from seer_scale.argument_types import Parser, at_least  # noqa: E402
 from seer_scale.errors import ConfigError, UserError, exit_with  # noqa: E402
 
 if TYPE_CHECKING:
@@ -28,13 +28,8 @@ EXAMPLES = """\
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/plan.py",
         usage="%(prog)s --recipe R --hardware H --nodes N --gpus-per-node G [--strategy S] "
         "[--search] [--images I] [--json FILE] [section.key=value ...]",

@@ -1,9 +1,20 @@
-"""Types of command-line arguments that more than one launcher takes."""
+"""What more than one launcher's command line is made of."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NoReturn
+
+from seer_scale.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are `ConfigError`s: one sentence, without a usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the mistake."""
+        raise ConfigError(f"{message}; see --help")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -170,19 +170,32 @@ class TensorFile:
         """Elements `start` to `stop` of a tensor, flat; into `out` [stop - start] if given."""
         (dtype, _), begin = self.entries[key]
         target = torch.empty(stop - start, dtype=dtype) if out is None else out
-        data, position = as_bytes(target), begin + start * dtype.itemsize
-        with self.path.open("rb", buffering=0) as file:
-            while data:
-                count = os.preadv(file.fileno(), [data[:CHUNK]], position)
-                if count == 0:
-                    raise OSError(f"{self.path} ends in the middle of {key}")
-                data, position = data[count:], position + count
+        if not read_into(self.path, begin + start * dtype.itemsize, target):
+            raise OSError(f"{self.path} ends in the middle of {key}")
         return target
 
     def whole(self, key: str) -> Tensor:
         """A whole tensor."""
         kind = self.entries[key].kind
         return self.read(key, 0, kind.numel).view(kind.shape)
+
+
+def read_into(path: Path, begin: int, target: Tensor) -> bool:
+    """Fills a contiguous tensor on the CPU with a file's bytes from `begin` on; False if it ends.
+
+    Nothing is mapped: such pages would count as the process's own until something needs the memory.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    data = as_bytes(target)
+    with path.open("rb", buffering=0) as file:
+        while data:
+            count = os.preadv(file.fileno(), [data[:CHUNK]], begin)
+            if count == 0:
+                return False
+            data, begin = data[count:], begin + count
+    return True
 
 
 def stamp(path: Path) -> Stamp:

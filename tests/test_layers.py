@@ -56,6 +56,7 @@ LAYERS = {
     "seer_scale.ds_config": 0,
     "seer_scale.schema": 0,
     "seer_scale.yaml_text": 0,
+    "seer_scale.ports": 0,
     "seer_scale.preprocessing": 0,
 }
 FACADE = "seer_scale"  # offers `load` of a higher layer, lazily

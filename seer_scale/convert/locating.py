@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from seer_scale.convert.files import FOLDER_FILES
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.serving import WEIGHTS
 from seer_scale.tracking.quiet import quieten
-from seer_scale.tracking.uri import redact, resolve_uri
+from seer_scale.tracking.uri import answers, redact, resolve_uri
 
 REGISTRY = "models:/"
 HUB = "hf:"
@@ -83,24 +81,10 @@ def _from_registry(source: str, tracking_uri: str | None) -> Path:
     from seer_scale.tracking.mlflow_client import current_uri, download_model
 
     uri = resolve_uri(tracking_uri or current_uri())
-    if not _answers(uri):
+    database = uri.startswith("sqlite:///")  # MLflow would make one that is not there
+    if not (Path(uri.removeprefix("sqlite:///")).is_file() if database else answers(uri)):
         raise UserError(
             f"the MLflow server or database {redact(uri)} does not answer; "
             "set MLFLOW_TRACKING_URI to the one that holds the model"
         )
     return download_model(source, uri)
-
-
-def _answers(uri: str) -> bool:
-    """Whether a server answers at all, or a database file is there; spares minutes of retries."""
-    if uri.startswith("sqlite:///"):
-        return Path(uri.removeprefix("sqlite:///")).is_file()
-    if not uri.startswith("http"):
-        return True
-    try:
-        urlopen(f"{redact(uri).rstrip('/')}/health", timeout=10).close()
-    except HTTPError:
-        return True
-    except OSError:
-        return False
-    return True

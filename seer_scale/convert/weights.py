@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seer_scale.errors import CheckpointError
-from seer_scale.tensor_file import CHUNK, Kind, as_bytes
+from seer_scale.tensor_file import Kind, read_into
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,12 @@ def joined(origin: str, parts: list[Weights]) -> Weights:
 
 
 def read_run(path: Path, begin: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """Elements of a file's bytes from `begin` on, without mapping the file into memory.
-
-    Mapped pages would count as the process's own until something needs the memory.
+    """Elements of a file's bytes from `begin` on.
 
     Raises:
         CheckpointError: if the file ends before.
     """
     values = torch.empty(numel, dtype=dtype)
-    data = as_bytes(values)
-    with path.open("rb", buffering=0) as file:
-        while data:
-            count = os.preadv(file.fileno(), [data[:CHUNK]], begin)
-            if count == 0:
-                raise CheckpointError(f"{path} is cut off in the middle of a tensor")
-            data, begin = data[count:], begin + count
+    if not read_into(path, begin, values):
+        raise CheckpointError(f"{path} is cut off in the middle of a tensor")
     return values

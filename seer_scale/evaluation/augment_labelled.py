@@ -23,8 +23,8 @@ from seer_scale.data.augment import distort, normalise
 from seer_scale.data.crops import cut_crops
 from seer_scale.data.decode import BadImage, decode
 from seer_scale.data.order import order_key, permute_all, sample_rng
-from seer_scale.errors import DataError
 from seer_scale.evaluation.labelled import LabelledImages
+from seer_scale.evaluation.reading import unusable
 
 SCALE = (0.08, 1.0)  # share of the image's area, as in torchvision's RandomResizedCrop
 _AHEAD = 3  # batches that are made ahead
@@ -137,9 +137,7 @@ def _load(images: LabelledImages, place: int, position: int, transform: Transfor
     try:
         return transform(images.source.read(index), position)
     except (BadImage, OSError) as error:
-        raise DataError(
-            f"{images.source.name(index)} cannot be used ({error}): remove or replace it"
-        ) from error
+        raise unusable(images.source, index, error) from error
 
 
 def _collect(

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.data.contact_sheet import spread
-from seer_scale.data.decode import BadImage, decode
-from seer_scale.errors import DataError
 from seer_scale.evaluation.features import prepare
 from seer_scale.evaluation.knn import knn_top1
 from seer_scale.evaluation.labelled import LabelledImages, open_labelled
 from seer_scale.evaluation.prototype_sheet import write_prototype_sheet
+from seer_scale.evaluation.reading import decoded
 from seer_scale.parallel import distributed
 from seer_scale.records import EVALUATED
 from seer_scale.serving import load_trunk
@@ -116,20 +115,10 @@ def extract_shared(trunk: nn.Module, images: LabelledImages, size: int, batch: i
     share = -(-len(images) // world)
     # The last round wraps around: every rank has as many, and what is twice is cut off below.
     mine = (np.arange(share) * world + rank) % len(images)
-    parts = [
-        trunk(torch.stack([_read(images, int(place), size) for place in part]).to(device)).float()
-        for part in np.array_split(mine, -(-share // batch))
-    ]
+    parts = []
+    for part in np.array_split(images.indices[mine], -(-share // batch)):
+        pixels = [prepare(decoded(images.source, int(index)), size) for index in part]
+        parts.append(trunk(torch.stack(pixels).to(device)).float())
     gathered = distributed.all_gather(torch.cat(parts)).cpu()  # [world * share, C], rank by rank
     in_order = gathered.view(world, share, -1).transpose(0, 1).reshape(world * share, -1)
     return in_order[: len(images)]
-
-
-def _read(images: LabelledImages, place: int, size: int) -> Tensor:
-    index = int(images.indices[place])
-    try:
-        return prepare(decode(images.source.read(index)), size)
-    except (BadImage, OSError) as error:
-        raise DataError(
-            f"{images.source.name(index)} cannot be used ({error}): remove or replace it"
-        ) from error

@@ -13,8 +13,8 @@ from torchvision.transforms import functional as V
 
 from seer_scale.data import Source
 from seer_scale.data.augment import normalise
-from seer_scale.data.decode import BadImage, decode
 from seer_scale.errors import DataError
+from seer_scale.evaluation.reading import decoded
 
 
 def prepare(image: Image.Image, size: int) -> Tensor:
@@ -27,16 +27,7 @@ def prepare(image: Image.Image, size: int) -> Tensor:
 def _batches(source: Source, size: int, batch_size: int) -> Iterator[Tensor]:
     count = -(-len(source) // batch_size)
     for indices in np.array_split(np.arange(len(source)), count):
-        yield torch.stack([prepare(_read(source, int(index)), size) for index in indices])
-
-
-def _read(source: Source, index: int) -> Image.Image:
-    try:
-        return decode(source.read(index))
-    except (BadImage, OSError) as error:
-        raise DataError(
-            f"{source.name(index)} cannot be used ({error}): remove or replace it"
-        ) from error
+        yield torch.stack([prepare(decoded(source, int(index)), size) for index in indices])
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from seer_scale.evaluation import train_list
 from seer_scale.evaluation.finetune_loop import FineTuning
 from seer_scale.evaluation.finetune_options import Options, check
 from seer_scale.evaluation.labelled import LabelledData, open_labelled
 from seer_scale.evaluation.task import Context, Result
+from seer_scale.evaluation.train_list import read_names
 
 __all__ = ["Options", "run"]
 
@@ -30,7 +30,7 @@ def run(context: Context, options: Options) -> Result:
     """
     data = open_labelled(context.data, options.labels)
     if options.train_list:
-        chosen = train_list.select(data.train, options.train_list)
+        chosen = data.train.subset(read_names(options.train_list, data.train))
         data = LabelledData(chosen, data.val, data.classes)
     check(options, context.trunk_name, images=len(data.train))
     job = FineTuning(context, options, data)

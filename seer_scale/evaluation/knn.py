@@ -77,7 +77,9 @@ def run(context: Context, options: Options) -> Result:
     chosen = next(row for row in sweep if row["top1"] == best[0])
     predictions = best[1].argmax(1)
     matrix = confusion(data.val.targets, predictions, len(data.classes))
-    pictures = _pictures(context, data, matrix, predictions, nearest) if _main() else ()
+    pictures = (
+        _pictures(context, data, matrix, predictions, nearest) if distributed.is_main() else ()
+    )
     return Result(
         metrics={"top1": chosen["top1"], "top5": chosen["top5"]},
         details={
@@ -195,7 +197,3 @@ def _pictures(
     ]
     sheet = draw_neighbours(context.folder / "neighbours.png", data, rows)
     return confusion_file, sheet
-
-
-def _main() -> bool:
-    return distributed.is_main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def open_labelled(path: str, labels: str | None = None) -> LabelledData:
         DataError: a part is missing; an image has no label; a line of `labels` names no image, or
             an image twice; or a class is in the validation part only.
     """
-    parts = [_open(part) for part in _find_parts(path)]
+    parts = [open_source(part) for part in _find_parts(path)]
     named = _read_labels(labels) if labels else None
     if named is not None:
         used: set[str] = set()
@@ -101,6 +101,13 @@ def open_labelled(path: str, labels: str | None = None) -> LabelledData:
     return LabelledData(train, val, classes)
 
 
+def listed_end(name: str, listed: Container[str]) -> str | None:
+    """The longest end of an image's path that is among `listed`, whole parts of the path only."""
+    parts = name.split(os.sep)
+    ends = (os.sep.join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end in listed), None)
+
+
 def _find_parts(path: str) -> tuple[str, str]:
     first, comma, second = path.partition(",")
     if comma:
@@ -121,10 +128,6 @@ def _find_parts(path: str) -> tuple[str, str]:
             )
         found[part] = str(candidates[0])
     return found["train"], found["val"]
-
-
-def _open(path: str) -> Source:
-    return open_source(path)
 
 
 def _labels_of(source: Source) -> list[str]:
@@ -168,10 +171,7 @@ def _labels_by_name(source: Source, labels: dict[str, str], path: str, used: set
     missing: list[str] = []
     for index in range(len(source)):
         name = source.name(index)
-        parts = name.split(os.sep)
-        # The longest end of the path that the file lists.
-        ends = (os.sep.join(parts[start:]) for start in range(len(parts)))
-        key = next((end for end in ends if end in labels), None)
+        key = listed_end(name, labels)
         if key is None:
             missing.append(name)
         else:

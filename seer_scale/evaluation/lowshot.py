@@ -13,7 +13,6 @@ import math
 import os
 from dataclasses import replace
 from hashlib import blake2b
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from seer_scale.errors import ConfigError, DataError
+from seer_scale.errors import ConfigError
 from seer_scale.evaluation.feature_store import stored_features
 from seer_scale.evaluation.labelled import LabelledData, LabelledImages, open_labelled
 from seer_scale.evaluation.linear import solve
 from seer_scale.evaluation.scores import top_share
 from seer_scale.evaluation.task import Context, Result, TaskOptions
+from seer_scale.evaluation.train_list import read_names
 from seer_scale.parallel import distributed
-
-_NAMED = 3
 
 
 class Options(TaskOptions):
@@ -125,37 +123,6 @@ def write_names(path: Path, images: LabelledImages, positions: NDArray[np.int64]
     path.write_text("".join(f"{_name(images, place)}\n" for place in positions.tolist()))
 
 
-def read_names(path: str, images: LabelledImages) -> NDArray[np.int64]:
-    """Rising positions of the images that a list names, by the end of their path.
-
-    Raises:
-        DataError: the list cannot be read, is empty, or names images that are not there.
-    """
-    try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"train_list {path} cannot be read ({error})") from None
-    if not names:
-        raise DataError(f"train_list {path} is empty: one image's name per line is needed")
-    left = set(names)
-    found = []
-    for place in range(len(images)):
-        parts = images.source.name(int(images.indices[place])).split(os.sep)
-        ends = {os.sep.join(parts[start:]) for start in range(len(parts))}
-        # ImageNet's published lists name files alone; others give the class's folder too.
-        if hit := ends & left:
-            left -= hit
-            found.append(place)
-    if left:
-        some = sorted(left)[:_NAMED]
-        more = ", ..." if len(left) > _NAMED else ""
-        raise DataError(
-            f"train_list {path} names {len(left)} images that are not in the training part "
-            f"({', '.join(some)}{more})"
-        )
-    return np.array(found, dtype=np.int64)
-
-
 def _name(images: LabelledImages, place: int) -> str:
     return os.sep.join(images.source.name(int(images.indices[place])).split(os.sep)[-2:])
 
@@ -196,7 +163,8 @@ def _linear(
 
 def _finetune(context: Context, names: Path, below: str, options: Options) -> dict[str, float]:
     """Fine-tunes a copy of the trunk, so that the next split begins at the same weights."""
-    finetune: Any = import_module("seer_scale.evaluation.finetune")
+    from seer_scale.evaluation import finetune
+
     try:
         chosen = finetune.Options(**{**options.finetune, "train_list": str(names)})
     except ValidationError as error:

@@ -50,19 +50,7 @@ _FINETUNE = {
 
 # VISSL benchmark/semi_supervised: the learning rate of SimCLR's splits; those of other splits use
 # .01. The published models keep the first layer of the projection head, which is not done here.
-_LOWSHOT = {
-    "epochs": 70,
-    "base_lr": 0.05,
-    "lr_steps": [30],
-    "lr_gamma": 0.1,
-    "schedule": "step",
-    "weight_decay": 0.0,
-    "momentum": 0.9,
-    "nesterov": True,
-    "batch": 256,
-    "size": 224,
-    "test_size": 224,
-}
+_LOWSHOT = {**_FINETUNE, "epochs": 70, "base_lr": 0.05, "lr_steps": [30]}
 
 PRESETS: dict[str, Preset] = {
     # Wu et al., arXiv 1805.01978, section 3.4, and the sweep that self-supervised work reports.

@@ -32,7 +32,7 @@ def centre_crop(source: Source, index: int, size: int) -> Pixels:
     Raises:
         DataError: naming an image that cannot be read or decoded.
     """
-    image = _decoded(source, index)
+    image = decoded(source, index)
     resized = V.resize(image, round(size * _TEST_SHARE), V.InterpolationMode.BILINEAR)
     return np.array(V.center_crop(resized, size))
 
@@ -56,7 +56,7 @@ def training_crop(source: Source, index: int, size: int, seed: int, position: in
             source.read(index), partial(plain.draw, sample_rng(seed, position))
         )
     except (BadImage, OSError) as error:
-        raise _unusable(source, index, error) from error
+        raise unusable(source, index, error) from error
     return distort(crop, _only_flipped(drawn))
 
 
@@ -100,14 +100,20 @@ def _only_flipped(drawn: CropParameters) -> CropParameters:
     )
 
 
-def _decoded(source: Source, index: int) -> Image.Image:
+def decoded(source: Source, index: int) -> Image.Image:
+    """An image, whole.
+
+    Raises:
+        DataError: naming one that cannot be read or decoded.
+    """
     try:
         return decode(source.read(index))
     except (BadImage, OSError) as error:
-        raise _unusable(source, index, error) from error
+        raise unusable(source, index, error) from error
 
 
-def _unusable(source: Source, index: int, error: BadImage | OSError) -> DataError:
+def unusable(source: Source, index: int, error: BadImage | OSError) -> DataError:
+    """What is raised for an image that cannot be read or decoded."""
     return DataError(
         f"{source.name(index)} cannot be used ({cause_of(error)}): remove or replace it"
     )

@@ -9,13 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from seer_scale.errors import DataError, UserError
 from seer_scale.tracking.quiet import quieten
 from seer_scale.tracking.spool import FOLDER, SENT, SETTINGS, read_json
-from seer_scale.tracking.uri import environment, one_line, redact, resolve_uri, with_credentials
+from seer_scale.tracking.uri import (
+    answers,
+    environment,
+    one_line,
+    redact,
+    resolve_uri,
+    with_credentials,
+)
 
 EXPERIMENT = "seer-scale-evaluation"
 NO_MLFLOW = "none"
@@ -80,7 +85,7 @@ def log_report(
     task = str(report["task"])
     try:
         chosen = _server(model, uri)
-        if not _answers(chosen):
+        if not answers(chosen):
             raise UserError(f"{redact(chosen)} does not answer")
         os.environ.update(environment(chosen))
         quieten()
@@ -153,16 +158,3 @@ def _step(source: Path, run_dir: Path) -> int | None:
     if not found:
         return None
     return found[0] if _STEP.search(str(inside)) else found[-1]
-
-
-def _answers(uri: str) -> bool:
-    """Whether a server answers at all; spares minutes of retries."""
-    if not uri.startswith("http"):
-        return True
-    try:
-        urlopen(f"{redact(uri).rstrip('/')}/health", timeout=10).close()
-    except HTTPError:
-        return True
-    except OSError:
-        return False
-    return True

@@ -7,7 +7,7 @@ study that is started again goes on where it was, and nothing but the folders re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -192,18 +192,14 @@ def _point(
     arguments = (
         *("--recipe", study.recipe),
         *given,
-        *(f"{key}={_yaml(value)}" for key, value in values.items()),
+        # Texts are taken as they are; of all else JSON is YAML.
+        *(
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in values.items()
+        ),
     )
     try:
         config = parse(arguments, recipes=recipes).config
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return Point(name, trunk, seed, images, objective, arguments, config)
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(_yaml(entry) for entry in value) + "]"
-    return "null" if value is None else str(value)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from seer_scale.checkpoint import list_checkpoints
 from seer_scale.errors import UserError
+from seer_scale.ports import free_port
 from seer_scale.scaling.study import Point, Study
 
 _POLL_S = 1.0
@@ -106,19 +106,12 @@ def sole_owner(root: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _launcher(study: Study) -> list[str]:
     if study.deepspeed_config:
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        port = ["--master_port", str(_free_port())]
+        port = ["--master_port", str(free_port())]
         return [str(deepspeed), "--quiet", "--num_gpus", str(study.processes), *port]
     if study.processes == 1:
         return [sys.executable]
     ranks = ["--standalone", "--nproc-per-node", str(study.processes)]
     return [sys.executable, "-m", "torch.distributed.run", *ranks]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _persist(

@@ -226,16 +226,12 @@ def download_model(source: str, uri: str) -> Path:
         UserError: if the server does not answer, or knows no such model.
     """
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    name, at, alias = source.removeprefix("models:/").partition("@")
-    name, slash, version = (name, "", "") if at else name.partition("/")
     try:
-        # MLflow's own resolution of models:/ asks the process-wide registry, whatever it is given.
-        if not at and not slash:
+        name, number = _version_of(client, source)
+        if number is None:
             location = client.get_logged_model(name).artifact_location
         else:
-            if at or version == "latest":
-                version = client.get_model_version_by_alias(name, alias or version).version
-            location = client.get_model_version_download_uri(name, str(version))
+            location = client.get_model_version_download_uri(name, number)
         folder = mlflow.artifacts.download_artifacts(location, tracking_uri=uri)
         flavor = Model.load(folder).flavors.get("python_function", {})
     except MlflowException as error:
@@ -245,6 +241,20 @@ def download_model(source: str, uri: str) -> Path:
     if flavor.get("loader_module") != "seer_scale.serving":
         raise UserError(f"{source} is no trunk that seer_scale logged")
     return Path(folder) / str(flavor["data"])
+
+
+def _version_of(client: MlflowClient, source: str) -> tuple[str, str | None]:
+    """Name and version of `models:/NAME@alias` or `/version`; of `models:/<id>` the id and None.
+
+    MLflow's own resolution of models:/ asks the process-wide registry, whatever it is given.
+    """
+    name, at, alias = source.removeprefix("models:/").partition("@")
+    name, slash, version = (name, "", "") if at else name.partition("/")
+    if not at and not slash:
+        return name, None
+    if at or version == "latest":
+        version = client.get_model_version_by_alias(name, alias or version).version
+    return name, str(version)
 
 
 def find_checkpoints(run_id: str, uri: str, download_to: Path) -> list[Path]:
@@ -348,16 +358,12 @@ def run_of_model(source: str, uri: str) -> tuple[str | None, int | None]:
         MlflowException: the server does not answer, or knows no such model.
     """
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    name, at, alias = source.removeprefix("models:/").partition("@")
-    name, slash, number = (name, "", "") if at else name.partition("/")
-    if not at and not slash:
+    name, number = _version_of(client, source)
+    if number is None:
         model = client.get_logged_model(name)
         run_id, tags = model.source_run_id, model.tags
     else:
-        if at or number == "latest":
-            version = client.get_model_version_by_alias(name, alias or number)
-        else:
-            version = client.get_model_version(name, number)
+        version = client.get_model_version(name, number)
         run_id, tags = version.run_id, version.tags
     step = tags.get("step", "")
     return run_id or None, int(step) if step.isdecimal() else None

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
 
 from seer_scale.errors import ConfigError
 
@@ -47,6 +49,19 @@ def one_line(error: BaseException) -> str:
     """An exception as one short line without credentials."""
     text = " ".join(redact(str(error)).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def answers(uri: str) -> bool:
+    """Whether a server answers at all, if `uri` is one; spares minutes of MLflow's retries."""
+    if not uri.startswith("http"):
+        return True
+    try:
+        urlopen(f"{redact(uri).rstrip('/')}/health", timeout=10).close()
+    except HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def environment(uri: str) -> dict[str, str]:

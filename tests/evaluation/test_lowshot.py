@@ -14,7 +14,8 @@ from seer_scale.errors import ConfigError, DataError
 from seer_scale.evaluation import lowshot
 from seer_scale.evaluation.feature_store import stored_features
 from seer_scale.evaluation.labelled import open_labelled
-from seer_scale.evaluation.lowshot import Options, read_names, splits, write_names
+from seer_scale.evaluation.lowshot import Options, splits, write_names
+from seer_scale.evaluation.train_list import read_names
 from tests.evaluation.contexts import context
 
 
