@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,17 +12,13 @@ from typing import Any
 
 import pytest
 
+from seer_scale.ports import free_port
+
 SECONDS = 180  # a rank that answers no sooner hangs in a collective
 SLOW_SECONDS = 1500  # in tests marked slow
 
 # Read by torch at import; more threads than cores make multi-process tests slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
