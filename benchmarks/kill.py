@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import free_port  # noqa: E402
+from seer_scale.ports import free_port  # noqa: E402
 from tests.jobs import arguments, lines, write_images  # noqa: E402
 
 PATIENCE_S = 300.0

@@ -17,7 +17,7 @@ import pytest
 
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.errors import LOST_RANK_STATUS, CheckpointError
-from tests.conftest import free_port
+from seer_scale.ports import free_port
 from tests.jobs import ROOT, arguments, lines, losses, run_job, write_images
 
 Distributed = Callable[..., list[Any]]

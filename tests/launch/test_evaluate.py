@@ -15,8 +15,8 @@ from launch.evaluate import main, open_model
 from seer_scale.errors import ConfigError
 from seer_scale.evaluation.shapes import write_shapes
 from seer_scale.models import build_trunk
+from seer_scale.ports import free_port
 from seer_scale.serving import export_trunk
-from tests.conftest import free_port
 from tests.jobs import ROOT
 
 MODEL = "random:regnety_debug"

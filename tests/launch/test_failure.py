@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
+from seer_scale.ports import free_port
 from tests.jobs import ROOT, arguments, write_images
 
 pytestmark = pytest.mark.launch

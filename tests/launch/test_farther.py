@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
+from seer_scale.ports import free_port
 from tests.jobs import ROOT, lines, write_images
 from tests.launch.test_pretrain import PRETRAIN, launch
 

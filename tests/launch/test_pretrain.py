@@ -15,7 +15,7 @@ import torch
 
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.data import write_tiles
-from tests.conftest import free_port
+from seer_scale.ports import free_port
 from tests.jobs import ROOT, arguments, lines, write_images
 
 pytestmark = pytest.mark.launch
