@@ -77,6 +77,11 @@ class ModelSection(Section):
         False, description="BatchNorm after every hidden layer of the head"
     )
     prototypes: Annotated[int, Field(ge=2)] = Field(description="number of prototypes K")
+    align_channels: Positive = Field(
+        1,
+        description="train with the trunk's channel groups padded with zeros to a multiple of "
+        "this, e.g. 8 for tensor cores: the same function, and nothing that is saved has them",
+    )
 
     @model_validator(mode="after")
     def _batch_norm_has_a_place(self) -> Self:

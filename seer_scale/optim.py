@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seer_scale.models.padding import Padding
 from seer_scale.parallel import distributed
 from seer_scale.parallel.precision import LossScale
 from seer_scale.slices import Slice, extent, local
@@ -23,12 +24,18 @@ from seer_scale.slices import Slice, extent, local
 MOMENTUM = "momentum_buffer"
 
 
-def parameter_groups(model: nn.Module, *, unit_rows: frozenset[str]) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module,
+    *,
+    unit_rows: frozenset[str],
+    paddings: Mapping[str, Padding] | None = None,
+) -> list[dict[str, Any]]:
     """One group per tensor, which is what makes a ZeRO partition a slice of a single tensor.
 
     Args:
         model: whole or partitioned; the shapes recorded are those of the whole tensors.
         unit_rows: names of matrices whose rows are kept at length one (the prototypes).
+        paddings: of tensors with aligned channels, which slices take along.
     """
     return [
         {
@@ -37,6 +44,7 @@ def parameter_groups(model: nn.Module, *, unit_rows: frozenset[str]) -> list[dic
             "shape": _whole_shape(parameter),
             "unit_rows": name in unit_rows,
             "frozen": False,
+            "padding": (paddings or {}).get(name),
         }
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
@@ -123,6 +131,7 @@ class SliceSGD(torch.optim.Optimizer):
                         offset,
                         local(parameter.detach()).view(-1)[:length],
                         self._momentum(parameter).view(-1)[:length],
+                        group["padding"],
                     )
 
     @torch.no_grad()

@@ -1,19 +1,23 @@
 """What a rank holds of a tensor: a contiguous run of its elements, whatever the strategy.
 
 A whole tensor (DDP), a DTensor shard of rows (FSDP) and a flat partition (ZeRO, FairScale) are the
-same kind of thing, and optimizer, initial values and checkpoints are written on it once.
+same kind of thing, and optimizer, initial values and checkpoints are written on it once. Of tensors
+with aligned channels a rank holds zeros as well; values come in and go out without them, here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from seer_scale.models.align import paddings_of
+from seer_scale.models.padding import Padding
 
 # Elements `start` to `stop` of the tensor `name`, flat: from a seed, or from a checkpoint.
 Values = Callable[[str, int, int], Tensor]
@@ -24,7 +28,7 @@ class Slice:
     """A contiguous run of a tensor's elements, held by this rank as flat views.
 
     `values` and `momentum` are float32 views [n] into the master weights and optimizer state:
-    writing to them changes the training.
+    writing to them changes the training. Where there is `padding`, all are of the padded tensor.
     """
 
     name: str
@@ -32,6 +36,42 @@ class Slice:
     offset: int
     values: Tensor
     momentum: Tensor
+    padding: Padding | None = None
+
+    def without_padding(self) -> Slice:
+        """The slice as files have it: a copy, and perhaps of no elements, if there is padding."""
+        if self.padding is None:
+            return self
+        return Slice(
+            self.name,
+            self.padding.real_shape,
+            self.padding.before(self.offset),
+            self.padding.take_out(self.values, self.offset),
+            self.padding.take_out(self.momentum, self.offset),
+        )
+
+
+def with_padding(values: Values, paddings: Mapping[str, Padding]) -> Values:
+    """The same values for a model that holds these tensors padded, with zeros as padding."""
+
+    def padded(name: str, start: int, stop: int) -> Tensor:
+        if name not in paddings:
+            return values(name, start, stop)
+        padding = paddings[name]
+        real = values(name, padding.before(start), padding.before(stop))
+        return padding.put_in(real, start, stop - start)
+
+    return padded
+
+
+def buffers_without_padding(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of `model` as files have them."""
+    paddings = paddings_of(model)
+    for name, buffer in model.named_buffers():
+        padding = paddings.get(name)
+        if padding:
+            buffer = padding.take_out(buffer.view(-1), 0).view(padding.real_shape)
+        yield name, buffer
 
 
 def local(tensor: Tensor) -> Tensor:

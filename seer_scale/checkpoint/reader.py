@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seer_scale.checkpoint.manifest import one_line, rank_file, read_manifest
 from seer_scale.errors import CheckpointError
 from seer_scale.parallel import distributed
-from seer_scale.slices import Slice, Values
+from seer_scale.slices import Slice, Values, with_padding
 from seer_scale.tensor_file import Kind, Stamp, TensorFile, stamp
 
 
@@ -139,10 +139,14 @@ class CheckpointReader:
     @torch.no_grad()
     def fill_momentum(self, slices: Iterable[Slice]) -> None:
         """Copies the optimizer state into a rank's slices, however they are cut."""
+
+        def stored(name: str, start: int, stop: int) -> Tensor:
+            return self.read(name, start, stop - start, kind="momentum")
+
         for part in slices:
-            part.momentum.copy_(
-                self.read(part.name, part.offset, part.values.numel(), kind="momentum")
-            )
+            values = with_padding(stored, {part.name: part.padding} if part.padding else {})
+            stop = part.offset + part.values.numel()
+            part.momentum.copy_(values(part.name, part.offset, stop))
 
     def local_state(self, rank: int | None = None) -> dict[str, Tensor]:
         """What rank `rank` of the run that saved had as its own; this rank unless given."""

@@ -39,7 +39,7 @@ from seer_scale.errors import CheckpointError
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.serving import versions, write_trunk
-from seer_scale.slices import Slice
+from seer_scale.slices import Slice, buffers_without_padding
 from seer_scale.tensor_file import Kind, Stamp, lay_out, write_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
@@ -159,12 +159,15 @@ class Saver:
             target.copy_(source.detach(), non_blocking=True)
             tensors.add(key)
 
-        for part in slices:  # one at a time: what is offloaded to disk is there only meanwhile
+        for held in slices:  # one at a time: what is offloaded to disk is there only meanwhile
+            part = held.without_padding()
+            if not part.values.numel():  # nothing but padding
+                continue
             copy(f"weight/{part.name}", part.values)
             copy(f"momentum/{part.name}", part.momentum)
             placement[part.name] = {"shape": list(part.shape), "offset": part.offset}
         if distributed.is_main():
-            for name, buffer in model.named_buffers():
+            for name, buffer in buffers_without_padding(model):
                 copy(f"weight/{name}", buffer.reshape(-1))
                 placement[name] = {"shape": list(buffer.shape), "offset": 0}
         for name, tensor in local_state.items():

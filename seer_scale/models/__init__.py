@@ -1,5 +1,6 @@
 """The model zoo: plain torch modules that know nothing of processes, objectives or configs."""
 
+from seer_scale.models.align import align_channels, paddings_of
 from seer_scale.models.classifier import Classifier, build_classifier
 from seer_scale.models.initialise import initialise, seeded_values
 from seer_scale.models.multicrop import MultiCropModel, build_model
@@ -12,9 +13,11 @@ __all__ = [
     "MultiCropModel",
     "OnTrunk",
     "RegNetConfig",
+    "align_channels",
     "build_classifier",
     "build_model",
     "build_trunk",
     "initialise",
+    "paddings_of",
     "seeded_values",
 ]

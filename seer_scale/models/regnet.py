@@ -21,6 +21,7 @@ from torchvision.models.regnet import AnyStage, ResBottleneckBlock, SimpleStemIN
 
 from seer_scale.errors import ConfigError
 from seer_scale.models.initialise import initialise
+from seer_scale.models.padding import Padding
 
 QUANTUM = 8  # block widths before grouping are multiples of this
 STRIDE = 2  # of the first block of every stage, the first stage too
@@ -150,8 +151,9 @@ class RegNet(nn.Module):
             )
             width = stage.width
         self.trunk_output = nn.Sequential(stages)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.avgpool: nn.Module = nn.AdaptiveAvgPool2d((1, 1))
         self.width = width
+        self.paddings: dict[str, Padding] = {}  # of `align_channels`, by tensor name
 
     @overload
     def forward(self, images: Tensor) -> Tensor: ...

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from seer_scale.config import RunConfig
-from seer_scale.models import MultiCropModel, OnTrunk
+from seer_scale.models import MultiCropModel, OnTrunk, align_channels, paddings_of
 from seer_scale.optim import SliceSGD, parameter_groups
 from seer_scale.parallel import apex, distributed, fairscale
 from seer_scale.parallel.activation_budget import RecomputePlan, plan_recompute
@@ -23,7 +23,7 @@ from seer_scale.parallel.fsdp import build_mesh, shard_units, unit_parameters
 from seer_scale.parallel.fused_backward import FusedBackward
 from seer_scale.parallel.precision import SCALED, LossScale, apply_autocast
 from seer_scale.parallel.torch_engine import TorchEngine, wrap_ddp
-from seer_scale.slices import Slice, Values, fill
+from seer_scale.slices import Slice, Values, fill, with_padding
 
 PROTOTYPES = frozenset({"prototypes.weight"})
 
@@ -78,14 +78,14 @@ def shard(
 ) -> Engine:
     """Builds a model and puts it under `config.sharding.strategy`, in the one order there is.
 
-    build on meta -> grouped SyncBatchNorm -> activation checkpointing -> precision -> shard ->
-    initialise or load what this rank holds -> optimizer -> engine. Memory for weights is first
-    taken after the structure is final.
+    build on meta -> aligned channels -> grouped SyncBatchNorm -> activation checkpointing ->
+    precision -> shard -> initialise or load what this rank holds -> optimizer -> engine. Memory for
+    weights is first taken after the structure is final.
 
     Args:
         build: makes the model on the device it is given (here: meta).
-        source: from the model on meta, where every tensor's values come from: a seed, or a
-            checkpoint.
+        source: from the model on meta, not aligned, where every tensor's values come from: a seed,
+            or a checkpoint.
         config: the run's configuration, which `check.check_sharding` has passed.
         ds_config: resolved DeepSpeed configuration, for strategy `zero`.
         device: where the training runs.
@@ -95,6 +95,8 @@ def shard(
     plan = plan or recompute_plan(build, config)
     model = build(torch.device("meta"))
     values = source(model)
+    align_channels(model.trunk, config.model.align_channels)
+    values = with_padding(values, paddings_of(model))
     layer = apex.sync_batchnorm if sharding.syncbn == "apex" else GroupedSyncBatchNorm
     convert_sync_batchnorm(model, sharding.sync_bn_group_size, layer)
     if train.precision == "apex-o1":
@@ -128,8 +130,14 @@ def recompute_plan(
     if budget is None:
         return None
     images = [count * config.train.micro_batch_size for count in data.crop_counts]
+
+    def build_aligned(device: torch.device) -> MultiCropModel:
+        model = cast(MultiCropModel, build(device))  # fine-tuning offers no budget
+        align_channels(model.trunk, config.model.align_channels)
+        return model
+
     return plan_recompute(
-        cast(Callable[[torch.device], MultiCropModel], build),  # fine-tuning offers no budget
+        build_aligned,
         crops=list(zip(images, data.crop_sizes, strict=True)),
         precision=config.train.precision,
         budget=budget,
@@ -232,7 +240,7 @@ def _optimizer(
 ) -> SliceSGD:
     optim = config.optim
     return SliceSGD(
-        parameter_groups(model, unit_rows=PROTOTYPES),
+        parameter_groups(model, unit_rows=PROTOTYPES, paddings=paddings_of(model)),
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
