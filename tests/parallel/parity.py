@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from seer_scale.objectives.swav import SwAV
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed as dist
 from seer_scale.parallel.engine import PROTOTYPES, Engine, shard
+from seer_scale.slices import buffers_without_padding
 
 STEPS, BATCH, FROZEN = 20, 8, 5
 # Calm: at a high rate, or with BatchNorm in the head too, the rounding of another order of sums
@@ -216,9 +217,12 @@ def ds_config(case: Case, config: RunConfig, nvme: str) -> dict[str, Any] | None
     return resolve_ds_config(raw, path="case", config=config, world_size=dist.world_size())
 
 
-def build_engine(case: Case, config: RunConfig, device: torch.device) -> Engine:
+def build_engine(
+    case: Case, config: RunConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Engine:
     nvme = dist.broadcast_object(tempfile.mkdtemp(prefix="nvme"))
-    return shard(build, SOURCE, config, ds_config(case, config, nvme), device)
+    zero = ds_config(case, config, nvme)
+    return shard(lambda where: build(where).to(dtype), SOURCE, config, zero, device)
 
 
 def my_crops(step: int, device: torch.device, part: int = 0, parts: int = 1) -> list[Tensor]:
@@ -239,6 +243,18 @@ def train(
     case, where = (CASES | GPU_CASES)[name], torch.device(device)
     config = configuration(case, checkpointing, **more)
     engine = build_engine(case, config, where)
+    losses, norms = run(engine, config, steps, where)
+    return Result(losses, norms, whole_tensors(engine))
+
+
+def run(
+    engine: Engine,
+    config: RunConfig,
+    steps: int,
+    where: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[float], list[float]]:
+    """Trains an engine on the parity's pictures; losses and gradient norms of every step."""
     objective = SwAV(
         crops=sum(CROPS),
         temperature=TEMPERATURE,
@@ -249,34 +265,42 @@ def train(
     for step in range(steps):
         frozen = PROTOTYPES if step < FROZEN else frozenset()
         apply_schedule(engine.param_groups, lr=LR, frozen=frozen)
-        total, norm = torch.zeros((), device=where), None
+        total, norm = torch.zeros((), device=where, dtype=dtype), None
         parts = config.train.gradient_accumulation
         for part in range(parts):
-            loss, _ = objective(*engine(my_crops(step, where, part, parts), None))
+            crops = [crop.to(dtype) for crop in my_crops(step, where, part, parts)]
+            loss, _ = objective(*engine(crops, None))
             engine.backward(loss)
             norm = engine.step()
             total += loss.detach() / parts
         assert norm is not None
         losses.append(float(dist.all_reduce(total)) / dist.world_size())
         norms.append(float(norm))
-    return Result(losses, norms, whole_tensors(engine))
+    return losses, norms
 
 
-def whole_tensors(engine: Engine) -> dict[str, Tensor]:
-    """Parameters put together from every rank's slices, and buffers, on the host."""
+def whole_tensors(
+    engine: Engine, kind: Literal["values", "momentum"] = "values"
+) -> dict[str, Tensor]:
+    """Parameters (or momenta) put together from every rank's slices, and buffers, on the host.
+
+    Without padding, as a checkpoint would hold them.
+    """
     mine = [
-        (part.name, part.shape, part.offset, part.values.detach().cpu().clone())
-        for part in engine.slices()
+        (part.name, part.shape, part.offset, getattr(part, kind).detach().cpu().clone())
+        for part in (held.without_padding() for held in engine.slices())
     ]
     found: dict[str, Tensor] = {}
     for name, shape, offset, values in dist.gather_lists(mine if engine.writes_slices else []):
-        whole = found.setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
+        empty = values.new_full((torch.Size(shape).numel(),), float("nan"))
+        whole = found.setdefault(name, empty)
         whole[offset : offset + len(values)] = values
         found[name] = whole
     shapes = {name: shape for name, shape, _, _ in mine}
     everyone = dict(dist.gather_lists(list(shapes.items())))
     tensors = {name: whole.view(everyone[name]) for name, whole in found.items()}
-    return tensors | {name: b.detach().cpu().clone() for name, b in engine.model.named_buffers()}
+    buffers = buffers_without_padding(engine.model)
+    return tensors | {name: buffer.detach().cpu().clone() for name, buffer in buffers}
 
 
 # ------------------------------------------------------------------------------- the comparison
