@@ -7,6 +7,7 @@ and slices begin and end among them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,20 +84,87 @@ def train(
     )
 
 
-def differences(aligned: Trained, plain: Trained) -> dict[str, float]:
-    """Of losses and norms relative, of tensors relative to their largest element."""
-    tensors = {
-        kind: max(
-            float((a[name].double() - b[name].double()).abs().max() / b[name].double().abs().max())
-            for name in b
-        )
-        for kind, a, b in [
-            ("values", aligned.values, plain.values),
-            ("momenta", aligned.momenta, plain.momenta),
-        ]
-    }
-    return {
-        "losses": worst_loss(aligned.losses, plain.losses),
-        "norms": worst_loss(aligned.norms, plain.norms),
-        **tensors,
-    }
+@cache
+def expected() -> Trained:
+    """One process, no padding, float64."""
+    return train("ddp", 1, torch.float64, "none", {})
+
+
+def off(actual: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
+    """Largest difference of a tensor, relative to its largest element."""
+    assert actual.keys() == plain.keys()
+    return max(
+        float((actual[name] - value).abs().max() / value.abs().max().clamp(1e-30))
+        for name, value in plain.items()
+    )
+
+
+FUSED = {"optim": {"fuse_backward": True}}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "checkpointing", "more"),
+    [
+        ("ddp", 1, "none", {}),
+        pytest.param("ddp", 1, "full", FUSED, marks=SLOW),
+        pytest.param("ddp", 2, "full", {}, marks=SLOW),
+        pytest.param("fsdp", 1, "none", {}, marks=SLOW),
+        ("fsdp", 2, "full", FUSED),
+        pytest.param("fsdp", 2, "none", {}, marks=SLOW),
+        pytest.param("hsdp(2x2)", 4, "full", {}, marks=SLOW),
+    ],
+)
+def test_in_float64_it_is_the_same_training(
+    distributed: Distributed,
+    name: str,
+    world_size: int,
+    checkpointing: str,
+    more: dict[str, Any],
+) -> None:
+    ranks = distributed(train, world_size, name, MULTIPLE, torch.float64, checkpointing, more)
+    plain = expected()
+    assert worst_loss(ranks[0].losses, plain.losses) < 1e-12
+    assert worst_loss(ranks[0].norms, plain.norms) < 1e-12
+    assert off(ranks[0].values, plain.values) < 1e-12
+    assert off(ranks[0].momenta, plain.momenta) < 1e-12  # which every gradient has gone into
+    assert_padding_is_zero(ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "checkpointing"),
+    [
+        ("zero2", 2, "none"),
+        ("zero3", 2, "full"),
+        *(
+            pytest.param(name, world_size, "none", marks=SLOW)
+            for name in ("zero0", "zero1", "zero2", "zero3")
+            for world_size in (1, 2)
+            if (name, world_size) != ("zero2", 2)
+        ),
+        pytest.param("zero1+cpu-offload", 2, "none", marks=SLOW),
+        pytest.param("zero3+cpu-offload", 2, "none", marks=SLOW),
+    ],
+)
+def test_zero_whose_masters_are_float32_follows(
+    distributed: Distributed, name: str, world_size: int, checkpointing: str
+) -> None:
+    ranks = distributed(train, world_size, name, MULTIPLE, torch.float32, checkpointing, {})
+    assert worst_loss(ranks[0].losses, expected().losses) < 1e-4  # test_parity.py's tolerance
+    assert max(worst_tensor(ranks[0].values, expected().values)) < 1e-4
+    assert ranks[0].norms == pytest.approx(expected().norms, rel=1e-2)
+    assert_padding_is_zero(ranks)
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("amp-o1", marks=SLOW)])
+def test_in_half_precision_padding_stays_zero(distributed: Distributed, precision: str) -> None:
+    more = {"train": {"steps": STEPS, "micro_batch_size": 4, "precision": precision}}
+    ranks = distributed(train, 2, "fsdp", MULTIPLE, torch.float32, "none", more)
+    assert worst_loss(ranks[0].losses, expected().losses) < 0.02  # of a precision, not of padding
+    assert_padding_is_zero(ranks)
+
+
+def assert_padding_is_zero(ranks: list[Trained]) -> None:
+    for rank in ranks:
+        assert rank.padded > 1000
+        assert rank.strange == []
