@@ -98,6 +98,12 @@ def _check_shards(config: RunConfig, world_size: int, local_world_size: int) -> 
 
 def _check_extras(config: RunConfig, *, cuda: bool) -> None:
     sharding, train = config.sharding, config.train
+    if sharding.strategy == "fairscale" and config.model.align_channels > 1:
+        raise ConfigError(
+            f"model.align_channels is {config.model.align_channels}, but sharding.strategy is "
+            "fairscale, which has not been shown to keep the padding zero: use "
+            "sharding.strategy=fsdp, or model.align_channels=1"
+        )
     if sharding.strategy == "fairscale" and (reason := fairscale.missing(cuda=cuda)):
         raise ConfigError(
             f"sharding.strategy is fairscale, but {reason}: use sharding.strategy=fsdp, torch's "
@@ -107,12 +113,6 @@ def _check_extras(config: RunConfig, *, cuda: bool) -> None:
         raise ConfigError(
             "sharding.activation_checkpointing is groups, but FairScale loses its state where a "
             "recomputation of several units ends early: use full, or sharding.strategy=fsdp"
-        )
-    if sharding.strategy == "fairscale" and config.model.align_channels > 1:
-        raise ConfigError(
-            f"model.align_channels is {config.model.align_channels}, but sharding.strategy is "
-            "fairscale, which has not been shown to keep the padding zero: use "
-            "sharding.strategy=fsdp, or model.align_channels=1"
         )
     if sharding.syncbn == "apex":
         if reason := apex.missing_syncbn(cuda=cuda):

@@ -48,6 +48,11 @@ REFUSED: list[tuple[list[str], dict[str, Any] | None, list[str]]] = [
     (["sharding.shard_size=2"], None, ["shard_size is 2", "strategy is ddp", "only hsdp reads"]),
     (["sharding.prefetch=3"], None, ["prefetch is 3", "fsdp or hsdp"]),
     (["sharding.strategy=fairscale"], None, ["strategy is fairscale", "sharding.strategy=fsdp"]),
+    (
+        ["sharding.strategy=fairscale", "model.align_channels=8"],
+        None,
+        ["align_channels is 8", "strategy is fairscale", "strategy=fsdp", "align_channels=1"],
+    ),
     (["sharding.syncbn=apex"], None, ["syncbn is apex", "sharding.syncbn=native"]),
     (["train.precision=apex-o1"], None, ["precision is apex-o1", "train.precision=amp-o1"]),
     (

@@ -105,6 +105,8 @@ BAD = [
     ("optim.lr=.nan", ["optim.lr is NaN", "a finite number > 0 or null"]),
     ("model.head_dims=[]", ["model.head_dims is []", "a list of integers > 0"]),
     ("model.prototypes=1", ["model.prototypes is 1", "an integer >= 2"]),
+    ("model.align_channels=0", ["model.align_channels is 0", "an integer > 0"]),
+    ("model.align_channels=-8", ["model.align_channels is -8", "an integer > 0"]),
     ("data.crop_sizes=[64,16]", ["data.crop_sizes is [64, 16]", "integers >= 32"]),
     ("data.blur_probability=1.5", ["data.blur_probability is 1.5", "<= 1"]),
     ("data.crop_scales=[[0.1,0.5,1]]", ["data.crop_scales is [[0.1, 0.5, 1]]", "a list of pairs"]),
