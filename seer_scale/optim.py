@@ -131,7 +131,7 @@ class SliceSGD(torch.optim.Optimizer):
                         offset,
                         local(parameter.detach()).view(-1)[:length],
                         self._momentum(parameter).view(-1)[:length],
-                        group["padding"],
+                        group.get("padding"),
                     )
 
     @torch.no_grad()
