@@ -52,6 +52,16 @@ def transform_of(config: RunConfig) -> MultiCrop:
     )
 
 
+def memory_format_of(setting: str, device: torch.device) -> torch.memory_format:
+    """What `train.memory_format` means on `device`.
+
+    By table, not by trying: a choice that two attempts of a run could make differently would end
+    the bitwise equality of a resumed run. docs/performance.md has the measurements.
+    """
+    faster = setting == "auto" and device.type == "cpu"
+    return torch.channels_last if faster or setting == "channels_last" else torch.contiguous_format
+
+
 def cache_of(config: RunConfig) -> Cache | None:
     """Where the run keeps copies of remote shards; None if it has none."""
     data = config.data

@@ -66,6 +66,11 @@ class TrainSection(Section):
         description="of convolutions and matrix products; the state is always float32. amp-o1: "
         "float16 by torch, with loss scaling; apex-o1: by NVIDIA Apex",
     )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto",
+        description="of crops and activations; auto: channels_last on a CPU, where it was measured "
+        "to be faster, else contiguous",
+    )
 
 
 class ModelSection(Section):

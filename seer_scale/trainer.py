@@ -336,7 +336,8 @@ class Trainer:
         """Images of the collection in use, from where the run is."""
         self.state.collection = self.collection.in_use
         self.batches = build.batches_of(self.config, self.collection, self.state.samples_seen)
-        self.device_batches = DeviceBatches(self.batches, self.device)
+        memory_format = build.memory_format_of(self.config.train.memory_format, self.device)
+        self.device_batches = DeviceBatches(self.batches, self.device, memory_format)
 
     def _read_manifest(self) -> None:
         """Between two steps of all ranks; what was made ahead of another collection is dropped."""
