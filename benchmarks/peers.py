@@ -71,7 +71,8 @@ def plain_sinkhorn(scores: Tensor) -> Tensor:
         codes /= prototypes
         codes /= codes.sum(dim=0, keepdim=True)
         codes /= samples
-    return (codes * samples).t()
+    balanced: Tensor = (codes * samples).t()
+    return balanced
 
 
 def plain_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool = False) -> Step:
@@ -88,7 +89,7 @@ def plain_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool =
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             scores = wrapped(images)
         by_crop = scores.float().chunk(crops)
-        loss = scores.new_zeros((), dtype=torch.float32)
+        loss: Tensor = scores.new_zeros((), dtype=torch.float32)
         for assigned in range(2):
             code = plain_sinkhorn(by_crop[assigned].detach())
             others = [crop for crop in range(crops) if crop != assigned]
@@ -97,7 +98,7 @@ def plain_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool =
                 predicted = F.log_softmax(by_crop[crop] / TEMPERATURE, dim=1)
                 of_crop = of_crop - (code * predicted).sum(dim=1).mean()
             loss = loss + of_crop / len(others)
-        loss = loss / 2
+        loss = loss / 2  # by the crops that give codes
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         _larc(parameters)

@@ -111,6 +111,6 @@ def activation_bytes(step: peers.Step, images: Sequence[Tensor]) -> int:
     """Most bytes that a step makes at once and that are gone after it."""
     with LiveBytes() as live:
         step(images)
-        left = live.now
+        left: int = live.now
     peak: int = live.peak()
     return peak - left
