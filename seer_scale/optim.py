@@ -155,7 +155,7 @@ class SliceSGD(torch.optim.Optimizer):
         """
         squares, self._squared_grad_norms = self._squared_grad_norms, []
         if self.loss_scale and self.loss_scale.overflowed:
-            return torch.tensor(math.inf)
+            return torch.full((), math.inf)
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()

@@ -135,6 +135,7 @@ class Trainer:
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         self.utilisation = build.utilisation_of(config, device, self.plan, self._say)
         self.stragglers = Stragglers(self._say)
+        CLOCK.take()  # what an earlier run of this process has left
         self.profiler = build.profiler_of(config, device, self.tracker, self._say)
         announce(
             config,

@@ -1,4 +1,4 @@
-"""A profiled run: traces and tables of the ranks asked for, which agree with the run's own clock."""
+"""A profiled run: traces and tables of the ranks asked for, in accord with the run's own clock."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_the_kinds_add_up_to_the_steps(
         assert steps == {"train step 3", "train step 4", "train step 5"}
         found = time_by_kind(events)
         assert sum(found.by_kind.values()) == pytest.approx(found.seconds)
-        # The run's own clock, which runs within the step's range.
-        own = sum(line["step_time"] for line in lines(run_dir) if line["step"] in (3, 4, 5))
-        assert found.seconds == pytest.approx(own, rel=0.05, abs=0.005)
+        if rank == 0:  # the run's own clock, which runs within the step's range
+            own = sum(line["step_time"] for line in lines(run_dir) if line["step"] in (3, 4, 5))
+            assert found.seconds == pytest.approx(own, rel=0.05, abs=0.005)
         assert all(found.by_kind[kind] > 0 for kind in (CONV, NORM, OPTIMIZER))
     # Convolutions are where the trace has convolutions: their operators, as it stands there.
     backward = [e for e in events if e["name"] == "aten::convolution_backward"]
