@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from seer_scale import build, recipe
 from seer_scale.announce import announce
@@ -162,19 +161,19 @@ class Trainer:
             asked = time.perf_counter()
             self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
             with CLOCK.lap(self.device):
-                with record_function("data"):
+                with self.profiler.range("data"):
                     batch = next(self.device_batches)
                 self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
                 waited += time.perf_counter() - asked
                 micro_batches.append(batch)
-                with record_function("forward"):
+                with self.profiler.range("forward"):
                     queue = getattr(self.objective, "queue", None)
                     embeddings, scores = self.engine(batch.crops, queue)
-                with record_function("loss"):
+                with self.profiler.range("loss"):
                     loss, metrics = self.objective(embeddings, scores)
-            with record_function("backward"):
+            with self.profiler.range("backward"):
                 self.engine.backward(loss)
-            with record_function("optimizer"):
+            with self.profiler.range("optimizer"):
                 grad_norm = self.engine.step()
             for name, value in {**metrics, "loss": loss}.items():
                 if not isinstance(value, Tensor):

@@ -51,7 +51,7 @@ def write(path: Path, text: str) -> str:
 BAD = [
     # unknown names
     ("train.stepz=5", ["train.stepz is not a key", "did you mean train.steps?"]),
-    ("steps=5", ["steps is not a key", "did you mean train.steps?"]),
+    ("steps=5", ["steps is not a key", "did you mean train.steps or profile.steps?"]),
     ("stepz=5", ["stepz is not a key", "did you mean train.steps?"]),
     ("model.momentum=0.9", ["model.momentum is not a key", "did you mean optim.momentum?"]),
     ("optin.momentum=0.9", ["optin.momentum is not a key", "did you mean optim.momentum?"]),

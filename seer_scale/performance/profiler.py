@@ -60,6 +60,10 @@ class Profiler:
             return self._profiled(step)
         return nullcontext()
 
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """Around a part of a step, which is seen in the trace under that name."""
+        return record_function(name) if self._profile else nullcontext()
+
     @contextmanager
     def _profiled(self, step: int) -> Iterator[None]:
         if self._profile is None:
