@@ -54,6 +54,7 @@ def check_sharding(
     """
     zero = (ds_config or {}).get("zero_optimization", {})
     _check_groups(config, world_size)
+    _check_profile(config, world_size)
     _check_shards(config, world_size, local_world_size)
     _check_extras(config, cuda=cuda)
     _check_precision(config, zero)
@@ -73,6 +74,15 @@ def _check_groups(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"sharding.checkpoint_groups has {len(groups)} lists, but {trunk} has {stages} "
             "stages: give one list per stage"
+        )
+
+
+def _check_profile(config: RunConfig, world_size: int) -> None:
+    profile = config.profile
+    if profile.steps is not None and max(profile.ranks) >= world_size:
+        raise ConfigError(
+            f"profile.ranks is {list(profile.ranks)}, but the run has {_ranks(world_size)}: name "
+            f"ranks from 0 to {world_size - 1}"
         )
 
 
