@@ -86,6 +86,11 @@ class TrainSection(Section):
         description="of crops and activations; auto: channels_last on a CPU, where it was measured "
         "to be faster, else contiguous",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile block by block; takes minutes at the start, and is slower on a "
+        "CPU: docs/performance.md",
+    )
 
 
 class ModelSection(Section):

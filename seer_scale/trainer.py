@@ -32,6 +32,7 @@ from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
+from seer_scale.parallel.compile import check_compiler
 from seer_scale.parallel.engine import PROTOTYPES, recompute_plan, shard
 from seer_scale.parallel.watchdog import Watchdog
 from seer_scale.parallel.work_clock import CLOCK
@@ -87,6 +88,8 @@ class Trainer:
             signum: signal.signal(signum, self._on_signal)
             for signum in (signal.SIGINT, *REQUEUE_SIGNALS)
         }
+        if config.train.compile:
+            check_compiler(device)
         seed_rank(config.run.seed, distributed.rank())
         self.objective = build_objective(
             config.objective.name,
