@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
-	bench-memory bench-loader elastic kill stall study
+	bench bench-gpu bench-memory bench-loader elastic kill stall study
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20

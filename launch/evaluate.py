@@ -97,11 +97,10 @@ def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> No
     from seer_scale.parallel import distributed, failure
     from seer_scale.serving import versions
 
-    device = distributed.init(TIMEOUT_MINUTES)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # With more threads convolutions add in another order, so that the last bits of features
-        # would hang on the number of processes. One process per core uses them all.
-        torch.set_num_threads(1)
+    # With more threads convolutions add in another order, so that the last bits of features
+    # would hang on the number of processes. One process per core uses them all.
+    threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
+    device = distributed.init(TIMEOUT_MINUTES, threads)
     failure.watch()
     say = _say if distributed.is_main() else _say_nothing
     began = time.monotonic()

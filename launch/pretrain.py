@@ -64,7 +64,7 @@ def run(arguments: Arguments) -> int:
     source = open_source(config.data.path, build.cache_of(config))
 
     # Longer than the watchdog's patience, which names the ranks that are missing.
-    device = distributed.init(max(30.0, 2 * config.run.hang_minutes))
+    device = distributed.init(max(30.0, 2 * config.run.hang_minutes), config.run.threads)
     failure.watch()
     try:
         resume = checkpoint.first_whole(

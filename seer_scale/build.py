@@ -14,9 +14,18 @@ from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, build_lo
 from seer_scale.data.addresses import is_remote
 from seer_scale.data.cache import default_folder
 from seer_scale.data.shard_manifest import is_manifest
+from seer_scale.errors import ConfigError
 from seer_scale.evaluation.during_training import DuringTraining
 from seer_scale.models import MultiCropModel, build_model
+from seer_scale.models.regnet import trunk_config
 from seer_scale.parallel import distributed
+from seer_scale.parallel.activation_budget import RecomputePlan
+from seer_scale.performance.profiler import FOLDER as PROFILE
+from seer_scale.performance.profiler import Profiler
+from seer_scale.performance.utilisation import Utilisation
+from seer_scale.scaling.flops import count_flops
+from seer_scale.scaling.hardware import device_name, hardware_of
+from seer_scale.scaling.shape import regions
 from seer_scale.schedules import learning_rate, scaled_lr, warmup_start
 from seer_scale.tracking import NullTracker, Tracker, start_tracking
 from seer_scale.tracking.uri import redact
@@ -50,6 +59,16 @@ def transform_of(config: RunConfig) -> MultiCrop:
         color_distortion=data.color_distortion,
         blur_probability=data.blur_probability,
     )
+
+
+def memory_format_of(setting: str, device: torch.device) -> torch.memory_format:
+    """What `train.memory_format` means on `device`.
+
+    By table, not by trying: a choice that two attempts of a run could make differently would end
+    the bitwise equality of a resumed run. docs/performance.md has the measurements.
+    """
+    faster = setting == "auto" and device.type == "cpu"
+    return torch.channels_last if faster or setting == "channels_last" else torch.contiguous_format
 
 
 def cache_of(config: RunConfig) -> Cache | None:
@@ -153,6 +172,76 @@ def tracker_of(config: RunConfig, first_step: int) -> Tracker | NullTracker:
         run_name=run_dir.name,
         system_metrics=tracking.system_metrics,
         first_step=first_step,
+    )
+
+
+def utilisation_of(
+    config: RunConfig,
+    device: torch.device,
+    plan: RecomputePlan | None,
+    say: Callable[[str], None],
+) -> Utilisation | None:
+    """The run's operations against its devices' peak; None, and a sentence, if that is unknown."""
+    peak = _peak(config, device)
+    if peak is None:
+        say(
+            f"no mfu: the peak of {device_name(device)} in train.precision="
+            f"{config.train.precision} is not known; run.peak_tflops sets it"
+        )
+        return None
+    model, data, sharding = config.model, config.data, config.sharding
+    trunk = trunk_config(model.trunk)
+    again = regions(
+        sharding.activation_checkpointing,
+        [stage.depth for stage in trunk.stages],
+        sharding.checkpoint_groups,
+        plan.recomputed if plan else frozenset(),
+    )
+    flops = count_flops(
+        trunk,
+        crop_sizes=data.crop_sizes,
+        crop_counts=data.crop_counts,
+        head_dims=model.head_dims,
+        prototypes=model.prototypes,
+        recomputed=[block for region in again for block in region],
+    )
+    return Utilisation(flops.training, flops.training + flops.recompute, peak)
+
+
+def _peak(config: RunConfig, device: torch.device) -> float | None:
+    """FLOP/s of this rank's device; a CPU's profile is that of one core."""
+    if config.run.peak_tflops is not None:
+        return 1e12 * config.run.peak_tflops
+    hardware = hardware_of(device_name(device))
+    if hardware is None:
+        return None
+    try:
+        peak = hardware.peak(config.train.precision)
+    except ConfigError:  # a precision that the device only emulates
+        return None
+    return peak * (torch.get_num_threads() if device.type == "cpu" else 1)
+
+
+def profiler_of(
+    config: RunConfig,
+    device: torch.device,
+    tracker: Tracker | NullTracker,
+    say: Callable[[str], None],
+) -> Profiler:
+    """What profiles this rank; nothing on ranks that `profile.ranks` does not name."""
+
+    def done(files: list[Path], summary: str) -> None:
+        say(summary)
+        for path in files:
+            tracker.log_artifact(path, PROFILE)
+
+    rank, profile = distributed.rank(), config.profile
+    return Profiler(
+        Path(config.run.dir) / PROFILE,
+        profile.steps if rank in profile.ranks else None,
+        rank=rank,
+        device=device,
+        done=done,
     )
 
 

@@ -54,9 +54,11 @@ def check_sharding(
     """
     zero = (ds_config or {}).get("zero_optimization", {})
     _check_groups(config, world_size)
+    _check_profile(config, world_size)
     _check_shards(config, world_size, local_world_size)
     _check_extras(config, cuda=cuda)
     _check_precision(config, zero)
+    _check_compile(config, zero)
     _check_fused_backward(config, world_size)
     _check_offload(config, zero)
 
@@ -73,6 +75,15 @@ def _check_groups(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"sharding.checkpoint_groups has {len(groups)} lists, but {trunk} has {stages} "
             "stages: give one list per stage"
+        )
+
+
+def _check_profile(config: RunConfig, world_size: int) -> None:
+    profile = config.profile
+    if profile.steps is not None and max(profile.ranks) >= world_size:
+        raise ConfigError(
+            f"profile.ranks is {list(profile.ranks)}, but the run has {_ranks(world_size)}: name "
+            f"ranks from 0 to {world_size - 1}"
         )
 
 
@@ -157,6 +168,23 @@ def _check_precision(config: RunConfig, zero: Mapping[str, Any]) -> None:
             "train.precision is amp-o1 and zero_optimization.offload_optimizer.device is nvme, but "
             "an overflow of one tensor has to skip the step of all, and on nvme they step one by "
             "one: use train.precision=bf16 or offload to cpu"
+        )
+
+
+def _check_compile(config: RunConfig, zero: Mapping[str, Any]) -> None:
+    if not config.train.compile:
+        return
+    where, because = None, ""
+    if config.sharding.strategy == "fairscale" or zero.get("stage", 0) == 3:
+        where, because = "stage is 3", "gathers weights layer by layer, which breaks a graph apart"
+        if config.sharding.strategy == "fairscale":
+            where = "sharding.strategy is fairscale"
+    elif config.train.precision == "apex-o1" or config.sharding.syncbn == "apex":
+        where, because = "Apex is in use", "replaces functions that a compiler looks through"
+    if where:
+        raise ConfigError(
+            f"train.compile is true and {where}, which {because}: set train.compile=false, or use "
+            "sharding.strategy=fsdp without Apex"
         )
 
 

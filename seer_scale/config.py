@@ -27,6 +27,8 @@ CropSide = Annotated[int, Field(ge=TRUNK_STRIDE)]
 CropSizes = Annotated[tuple[CropSide, ...], Strict(False), Field(min_length=1)]
 Scale = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 Scales = Annotated[tuple[Scale, ...], Strict(False), Field(min_length=1)]
+StepRange = Annotated[tuple[Positive, Positive], Strict(False)]
+Ranks = Annotated[tuple[NonNegative, ...], Strict(False), Field(min_length=1)]
 BlockGroups = Annotated[tuple[Annotated[tuple[Positive, ...], Strict(False)], ...], Strict(False)]
 
 
@@ -53,6 +55,19 @@ class RunSection(Section):
     hang_minutes: PositiveFloat = Field(
         30.0, description="a step that takes longer ends the run with the names of missing ranks"
     )
+    threads: Positive | None = Field(
+        None,
+        description="threads of a rank on a CPU; null means OMP_NUM_THREADS, or without it the "
+        "rank's share of the physical cores",
+    )
+    gc_every: Positive = Field(
+        50, description="steps between two runs of Python's garbage collector, on all ranks at once"
+    )
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="TFLOP/s of a rank's device at train.precision, for mfu and hfu; null means "
+        "those of the hardware profile of its name",
+    )
 
 
 class TrainSection(Section):
@@ -65,6 +80,16 @@ class TrainSection(Section):
         "fp32",
         description="of convolutions and matrix products; the state is always float32. amp-o1: "
         "float16 by torch, with loss scaling; apex-o1: by NVIDIA Apex",
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto",
+        description="of crops and activations; auto: channels_last on a CPU, where it was measured "
+        "to be faster, else contiguous",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile block by block; takes minutes at the start, and is slower on a "
+        "CPU: docs/performance.md",
     )
 
 
@@ -343,6 +368,22 @@ class EvalSection(Section):
         return self
 
 
+class ProfileSection(Section):
+    steps: StepRange | None = Field(
+        None, description="first and last step to profile, e.g. [20, 22]; null means none"
+    )
+    ranks: Ranks = Field((0,), description="ranks that write a trace and a table")
+
+    @model_validator(mode="after")
+    def _steps_ascend(self) -> Self:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(
+                f"profile.steps is {list(self.steps)}, but the first step is after the last: give "
+                f"{sorted(self.steps)}"
+            )
+        return self
+
+
 class TrackingSection(Section):
     enabled: bool = Field(True, description="send the run to MLflow")
     uri: Text | None = Field(
@@ -373,6 +414,17 @@ class RunConfig(Section):
     checkpoint: CheckpointSection
     tracking: TrackingSection
     eval: EvalSection = Field(default_factory=lambda: EvalSection.model_validate({}))
+    profile: ProfileSection = Field(default_factory=lambda: ProfileSection.model_validate({}))
+
+    @model_validator(mode="after")
+    def _profile_is_of_the_run(self) -> Self:
+        steps = self.profile.steps
+        if steps is not None and steps[1] > self.train.steps:
+            raise ValueError(
+                f"profile.steps is {list(steps)}, but train.steps is {self.train.steps}: profile "
+                "steps that the run has, or set profile.steps=null"
+            )
+        return self
 
 
 def _lists(rows: tuple[tuple[Any, ...], ...] | None) -> list[list[Any]]:

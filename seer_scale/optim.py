@@ -164,7 +164,7 @@ class SliceSGD(torch.optim.Optimizer):
         """
         squares, self._squared_grad_norms = self._squared_grad_norms, []
         if self.loss_scale and self.loss_scale.overflowed:
-            return torch.tensor(math.inf)
+            return torch.full((), math.inf)
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()
@@ -203,8 +203,8 @@ class SliceSGD(torch.optim.Optimizer):
         if self.loss_scale and self.loss_scale.overflowed:
             return
         scale = 1 / self.loss_scale.stepped_with if self.loss_scale else 1.0
-        decay = [group["weight_decay"] for group, _ in present]
-        on_grad, on_value = self._coefficients(norms, decay, present[0][0]["eps"])
+        first = present[0][0]  # weight decay and eps are those of all tensors
+        on_grad, on_value = self._coefficients(norms, first["weight_decay"], first["eps"])
         on_grad = on_grad * scale
         for index, (group, parameter) in enumerate(present):
             if group["frozen"]:
@@ -259,12 +259,13 @@ class SliceSGD(torch.optim.Optimizer):
             norms = distributed.all_reduce(norms.square(), group=self.shard_group).sqrt()
         return norms.to(values[0].dtype).view(2, -1)
 
-    def _coefficients(self, norms: Tensor, decay: list[float], eps: float) -> tuple[Tensor, Tensor]:
+    def _coefficients(
+        self, norms: Tensor, weight_decay: float, eps: float
+    ) -> tuple[Tensor, Tensor]:
         """What the gradient and the value are multiplied by in the update, [tensors] each."""
-        weight_decay = norms.new_tensor(decay)
-        if self.trust_coefficient is None:
-            return torch.ones_like(weight_decay), weight_decay
         value_norm, grad_norm = norms
+        if self.trust_coefficient is None:
+            return torch.ones_like(grad_norm), torch.full_like(grad_norm, weight_decay)
         ratio = self.trust_coefficient * value_norm
         ratio = ratio / (grad_norm + weight_decay * value_norm + eps)
         adapt = (value_norm > 0) & (grad_norm > 0)

@@ -32,8 +32,12 @@ from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
+from seer_scale.parallel.compile import check_compiler
 from seer_scale.parallel.engine import PROTOTYPES, recompute_plan, shard
 from seer_scale.parallel.watchdog import Watchdog
+from seer_scale.parallel.work_clock import CLOCK
+from seer_scale.performance.garbage import GarbageCollection
+from seer_scale.performance.stragglers import Stragglers
 from seer_scale.progress import Progress
 from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
 from seer_scale.records import Records
@@ -84,6 +88,8 @@ class Trainer:
             signum: signal.signal(signum, self._on_signal)
             for signum in (signal.SIGINT, *REQUEUE_SIGNALS)
         }
+        if config.train.compile:
+            check_compiler(device)
         seed_rank(config.run.seed, distributed.rank())
         self.objective = build_objective(
             config.objective.name,
@@ -129,6 +135,10 @@ class Trainer:
         self.records = self._open_records()
         self.saves = Saves(config, self.tracker, self.records, self._say, evaluation)
         self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
+        self.utilisation = build.utilisation_of(config, device, self.plan, self._say)
+        self.stragglers = Stragglers(self._say)
+        CLOCK.take()  # what an earlier run of this process has left
+        self.profiler = build.profiler_of(config, device, self.tracker, self._say)
         announce(
             config,
             self.tracker,
@@ -138,12 +148,14 @@ class Trainer:
             device=device,
             saved_config=reader.manifest.get("config", {}) if reader else None,
         )
+        self.garbage = GarbageCollection(config.run.gc_every)
 
     # --------------------------------------------------------------------------- one step
 
     def train_step(self) -> tuple[dict[str, float], Stop, bool]:
         """One optimizer step: its metrics, who was asked to stop, is the manifest to be read."""
         began = time.perf_counter()
+        worked = CLOCK.take()  # in the step before
         self._apply_schedules()
         sums: dict[str, Tensor] = {}
         micro_batches: list[MicroBatch] = []
@@ -151,44 +163,55 @@ class Trainer:
         for micro in range(self.config.train.gradient_accumulation):
             asked = time.perf_counter()
             self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
-            batch = next(self.device_batches)
-            self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
-            waited += time.perf_counter() - asked
-            micro_batches.append(batch)
-            embeddings, scores = self.engine(batch.crops, getattr(self.objective, "queue", None))
-            loss, metrics = self.objective(embeddings, scores)
-            self.engine.backward(loss)
-            grad_norm = self.engine.step()
+            with CLOCK.lap(self.device):
+                with self.profiler.range("data"):
+                    batch = next(self.device_batches)
+                self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
+                waited += time.perf_counter() - asked
+                micro_batches.append(batch)
+                with self.profiler.range("forward"):
+                    queue = getattr(self.objective, "queue", None)
+                    embeddings, scores = self.engine(batch.crops, queue)
+                with self.profiler.range("loss"):
+                    loss, metrics = self.objective(embeddings, scores)
+            with self.profiler.range("backward"):
+                self.engine.backward(loss)
+            with self.profiler.range("optimizer"):
+                grad_norm = self.engine.step()
             for name, value in {**metrics, "loss": loss}.items():
-                value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-                sums[name] = sums.get(name, 0) + value.detach()
+                if not isinstance(value, Tensor):
+                    value = torch.full((), value, device=self.device)
+                sums[name] = sums.get(name, 0) + value.detach().float()
         assert grad_norm is not None
         self.state.advance(self.global_batch)
 
-        # The step's one wait for the device.
-        means, bad, stop, refresh = self._reduce(sums, micro_batches)
+        # The step's one wait for the device; the loss scale of float16 has another.
+        means, norm, bad, work, stop, refresh = self._reduce(sums, grad_norm, micro_batches, worked)
         scale = self.engine.loss_scale
         skipped = scale is not None and scale.overflowed
         # All are the same on every rank, so all stop here, before such weights are saved.
-        if not math.isfinite(means["loss"] + (0.0 if skipped else float(grad_norm))):
+        if not math.isfinite(means["loss"] + (0.0 if skipped else norm)):
             raise UserError(
                 f"the loss of step {self.state.step} is {means['loss']}, the norm of its gradient "
-                f"{float(grad_norm)}: the run stops, its "
+                f"{norm}: the run stops, its "
                 "checkpoints stay; try a lower optim.lr or optim.base_lr, a longer "
                 "optim.warmup_steps or train.precision=fp32"
             )
         self._record_samples(micro_batches, bad)
         seconds = time.perf_counter() - began
+        rate = self.global_batch / seconds / distributed.world_size()  # of one rank
         line: dict[str, float] = {
             **means,
             "lr": self.engine.param_groups[0]["lr"],
             # JSON has no infinity; loss_scale_overflow says that this step was skipped.
-            **({} if skipped else {"grad_norm": float(grad_norm)}),
+            **({} if skipped else {"grad_norm": norm}),
             **(
                 {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
                 if scale
                 else {}
             ),
+            **self.stragglers.observe(work),
+            **(self.utilisation.metrics(rate) if self.utilisation else {}),
             "images_per_second": self.global_batch / seconds,
             "step_time": seconds,
             "data_time": waited,
@@ -208,19 +231,32 @@ class Trainer:
         )
 
     def _reduce(
-        self, sums: Mapping[str, Tensor], micro_batches: list[MicroBatch]
-    ) -> tuple[dict[str, float], int, Stop, bool]:
-        """Means over ranks and micro-batches, bad images, and what ranks wish; one all-reduce."""
+        self,
+        sums: Mapping[str, Tensor],
+        grad_norm: Tensor,
+        micro_batches: list[MicroBatch],
+        worked: float,
+    ) -> tuple[dict[str, float], float, int, list[float], Stop, bool]:
+        """Means over ranks and micro-batches, the norm, bad images, every rank's work, and what
+        ranks wish; by one all-reduce, and one copy to the host.
+        """
         bad = sum(len(batch.bad) for batch in micro_batches)
         scale = 1 / (distributed.world_size() * self.config.train.gradient_accumulation)
         stop, requeue = self._stop_signal is not None, self._stop_signal in REQUEUE_SIGNALS
         due = self.collection.due(self.state.step, self.state.samples_seen)
-        wishes = torch.tensor([bad, stop, requeue, due], dtype=torch.float32)
-        stacked = torch.stack([value.to(self.device) for value in (*sums.values(), *wishes)])
-        *means, total_bad, stops, requeues, dues = distributed.all_reduce(stacked).tolist()
+        work = [0.0] * distributed.world_size()
+        work[distributed.rank()] = worked
+        wishes = torch.tensor([bad, stop, requeue, due, *work], dtype=torch.float32)
+        means = torch.stack(list(sums.values()))
+        stacked = torch.cat([means, wishes.to(self.device, non_blocking=True)])
+        norm = grad_norm.to(self.device, non_blocking=True)[None]  # the same on all ranks
+        values = torch.cat([distributed.all_reduce(stacked), norm]).tolist()
+        total_bad, stops, requeues, dues, *work, found_norm = values[len(sums) :]
         return (
-            {name: mean * scale for name, mean in zip(sums, means, strict=True)},
+            {name: mean * scale for name, mean in zip(sums, values, strict=False)},
+            found_norm,
             int(total_bad),
+            work,
             Stop.REQUEUE if requeues else Stop.DONE if stops else Stop.NO,
             bool(dues),
         )
@@ -251,7 +287,9 @@ class Trainer:
         stop = Stop.NO
         self.watchdog.at(self.state.step, 0, "beginning")
         while self.state.step < self.config.train.steps and stop is Stop.NO:
-            metrics, stop, refresh = self.train_step()
+            with self.profiler.step(self.state.step + 1):
+                metrics, stop, refresh = self.train_step()
+            self.garbage.after(self.state.step)
             self._log({**metrics, **self.saves.metrics()})
             self.saves.settle()
             if refresh:
@@ -270,6 +308,7 @@ class Trainer:
             if due:
                 self.watchdog.at(self.state.step + 1, -1, "evaluating")
                 self.saves.evaluate(self.state.step)
+        self.profiler.close()
         if problem := self.saves.finish():
             raise CheckpointError(
                 f"the last checkpoint, of step {saved_step}, was not written ({problem}): mend "
@@ -285,6 +324,7 @@ class Trainer:
     def close(self, status: str) -> None:
         """Ends workers, files and tracking; `status` is FINISHED, KILLED or FAILED."""
         self.watchdog.close()
+        self.garbage.close()
         self.batches.close()
         self.saves.close()
         if self.progress:
@@ -336,7 +376,8 @@ class Trainer:
         """Images of the collection in use, from where the run is."""
         self.state.collection = self.collection.in_use
         self.batches = build.batches_of(self.config, self.collection, self.state.samples_seen)
-        self.device_batches = DeviceBatches(self.batches, self.device)
+        memory_format = build.memory_format_of(self.config.train.memory_format, self.device)
+        self.device_batches = DeviceBatches(self.batches, self.device, memory_format)
 
     def _read_manifest(self) -> None:
         """Between two steps of all ranks; what was made ahead of another collection is dropped."""

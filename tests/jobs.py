@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seer_scale.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "launch" / "recipes"
@@ -36,6 +39,16 @@ def arguments(data: Path | str, run_dir: Path, *more: str) -> list[str]:
 
 def run_job(argv: list[str]) -> int:
     """What launch/pretrain.py does, inside a process group that exists; returns the last step."""
+    trainer = open_trainer(argv)
+    try:
+        trainer.train()
+    finally:
+        trainer.close("FINISHED")
+    return trainer.state.step
+
+
+def open_trainer(argv: list[str], device: Any = None) -> Trainer:
+    """The trainer of a job, to be closed by the caller; on this rank's device unless given."""
     from seer_scale import checkpoint
     from seer_scale.check import check_sharding
     from seer_scale.data import open_source
@@ -51,7 +64,7 @@ def run_job(argv: list[str]) -> int:
             load_ds_config(path), path=path, config=config, world_size=distributed.world_size()
         )
     candidates = checkpoint.choose(parsed.resume, Path(config.run.dir))
-    device = distributed.init()
+    device = device or distributed.init()
 
     check_sharding(
         config,
@@ -60,18 +73,13 @@ def run_job(argv: list[str]) -> int:
         local_world_size=distributed.local_world_size(),
         cuda=False,
     )
-    trainer = Trainer(
+    return Trainer(
         config,
         ds_config=ds_config,
         source=open_source(config.data.path),
         resume=checkpoint.first_whole(candidates, print),
         device=device,
     )
-    try:
-        trainer.train()
-    finally:
-        trainer.close("FINISHED")
-    return trainer.state.step
 
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -60,6 +60,7 @@ REFUSED: list[tuple[list[str], dict[str, Any] | None, list[str]]] = [
         None,
         ["has 2 lists", "regnety_debug has 3 stages"],
     ),
+    (["train.compile=true"], {"stage": 3}, ["train.compile is true", "stage is 3", "=fsdp"]),
     ([], {"stage": 0, "offload_optimizer": CPU}, ["offload_optimizer", "stage is 0"]),
     ([], {"stage": 2, "offload_param": CPU}, ["offload_param", "stage is 2", "use stage 3"]),
     ([], {"stage": 2, "offload_optimizer": NVME}, ["nvme", "stage is 2"]),

@@ -51,8 +51,8 @@ def write(path: Path, text: str) -> str:
 BAD = [
     # unknown names
     ("train.stepz=5", ["train.stepz is not a key", "did you mean train.steps?"]),
-    ("steps=5", ["steps is not a key", "did you mean train.steps?"]),
-    ("stepz=5", ["stepz is not a key", "did you mean train.steps?"]),
+    ("steps=5", ["steps is not a key", "did you mean train.steps or profile.steps?"]),
+    ("stepz=5", ["stepz is not a key", "did you mean train.steps or profile.steps?"]),
     ("model.momentum=0.9", ["model.momentum is not a key", "did you mean optim.momentum?"]),
     ("optin.momentum=0.9", ["optin.momentum is not a key", "did you mean optim.momentum?"]),
     ("head_dim=[8]", ["head_dim is not a key", "did you mean model.head_dims?"]),

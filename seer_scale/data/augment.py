@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
@@ -133,8 +134,15 @@ def _blur_kernel(radius: float) -> NDArray[np.float32]:
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 `[..., size, size, 3]` to float32 `[..., 3, size, size]` of ImageNet's mean and std."""
     channels_first = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = _mean_and_std(pixels.device)
     return channels_first.div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Once per device: bringing them over would hold up the host in every step."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return mean, std
 
 
 class MultiCrop:

@@ -11,24 +11,36 @@ from seer_scale.data.batches import MicroBatch
 from seer_scale.data.device_augment import distort_batch
 
 
-def finish(batch: MicroBatch, device: torch.device) -> MicroBatch:
+def finish(
+    batch: MicroBatch,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> MicroBatch:
     """The micro-batch with its crops on `device` as float32 `[count * B, 3, size, size]`.
 
-    What the host left undone is done there, all crops of a resolution at once.
+    What the host left undone is done there, all crops of a resolution at once. Every layer of the
+    trunk keeps the memory format that its crops come in.
     """
     crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
     if batch.parameters is None:
-        return batch._replace(crops=[normalise(crop) for crop in crops])
-    parameters = [rows.to(device, non_blocking=True) for rows in batch.parameters]
-    done = [distort_batch(crop, rows) for crop, rows in zip(crops, parameters, strict=True)]
-    return batch._replace(crops=done, parameters=None)
+        done = [normalise(crop) for crop in crops]
+    else:
+        parameters = [rows.to(device, non_blocking=True) for rows in batch.parameters]
+        done = [distort_batch(crop, rows) for crop, rows in zip(crops, parameters, strict=True)]
+    formatted = [crop.contiguous(memory_format=memory_format) for crop in done]
+    return batch._replace(crops=formatted, parameters=None)
 
 
 class DeviceBatches(Iterator[MicroBatch]):
     """Finished micro-batches of a loader; on a GPU one ahead, on a stream of its own."""
 
-    def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
-        self._batches, self._device = batches, device
+    def __init__(
+        self,
+        batches: Iterator[MicroBatch],
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self._batches, self._device, self._format = batches, device, memory_format
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -36,7 +48,7 @@ class DeviceBatches(Iterator[MicroBatch]):
 
     def __next__(self) -> MicroBatch:
         if self._stream is None:
-            return finish(next(self._batches), self._device)
+            return finish(next(self._batches), self._device, self._format)
         batch = self._ahead or self._begin(self._stream)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
@@ -47,4 +59,4 @@ class DeviceBatches(Iterator[MicroBatch]):
 
     def _begin(self, stream: torch.cuda.Stream) -> MicroBatch:
         with torch.cuda.stream(stream):
-            return finish(next(self._batches), self._device)
+            return finish(next(self._batches), self._device, self._format)

@@ -105,7 +105,6 @@ class SwAV:
             ValueError: if the shapes do not fit.
         """
         batch = self._batch_size(embeddings, scores)
-        crops = list(range(self.crops))
         with torch.autocast(scores.device.type, enabled=False):
             wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
             current = wide[: len(embeddings)].reshape(self.crops, batch, -1)  # [crops, B, K]
@@ -119,7 +118,8 @@ class SwAV:
                     iterations=self.sinkhorn_iterations,
                     group=self.group,
                 )[:batch]
-                others = log_probabilities[crops[:crop] + crops[crop + 1 :]]  # [crops - 1, B, K]
+                # Not by a list of indices, which the host would have to bring to the device.
+                others = torch.cat([log_probabilities[:crop], log_probabilities[crop + 1 :]])
                 losses.append(-(code * others).sum(dim=-1).mean())
                 codes.append(code)
             loss = torch.stack(losses).mean()
@@ -130,7 +130,7 @@ class SwAV:
             }
         if self._queue is not None:
             by_crop = embeddings.reshape(self.crops, batch, -1)
-            self._queue.push(by_crop[list(self.assign_crops)])
+            self._queue.push(torch.stack([by_crop[crop] for crop in self.assign_crops]))
         return loss, metrics
 
     def _batch_size(self, embeddings: Tensor, scores: Tensor) -> int:

@@ -7,7 +7,9 @@ run unchanged in a plain Python process.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,21 +19,24 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from seer_scale.errors import ConfigError
+from seer_scale.parallel.work_clock import CLOCK
 
 
-def init(timeout_minutes: float = 30.0) -> torch.device:
+def init(timeout_minutes: float = 30.0, threads: int | None = None) -> torch.device:
     """Joins the process group that deepspeed or torchrun describe in the environment.
 
-    A plain `python` run becomes a group of one. Returns this rank's device. On CPU the cores of
-    the node are divided among its ranks: more threads than cores make every rank slower.
+    A plain `python` run becomes a group of one. Returns this rank's device.
+
+    Args:
+        timeout_minutes: that a collective may take.
+        threads: of a rank on a CPU; see `threads_of_a_rank` for None.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_world_size()))
+    elif count := threads or threads_of_a_rank():
+        torch.set_num_threads(count)
     if not dist.is_initialized():
         backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=timeout_minutes)
         if "WORLD_SIZE" in os.environ:
@@ -82,6 +87,29 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
+def threads_of_a_rank() -> int | None:
+    """This rank's share of the physical cores; None where OMP_NUM_THREADS has decided.
+
+    Threads beyond that share make every rank slower. torchrun sets OMP_NUM_THREADS=1 where nobody
+    else has and a node has several ranks, which would leave the other cores idle; that value is
+    taken for its, not for the user's.
+    """
+    decided, ranks = os.environ.get("OMP_NUM_THREADS"), local_world_size()
+    by_torchrun = decided == "1" and ranks > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    if decided is not None and not by_torchrun:
+        return None
+    return max(1, physical_cores() // ranks)
+
+
+def physical_cores() -> int:
+    """Cores that this process may run on; two hardware threads of a core count once."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    return len(cores)
+
+
 def nodes() -> float:
     """Machines in the world, taking all to have as many ranks as this one."""
     return world_size() / local_world_size()
@@ -103,7 +131,8 @@ def all_reduce(
 ) -> Tensor:
     """Reduces `tensor` in place over `group` and returns it."""
     if world_size(group) > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group)
+        kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        _off_the_clock(dist.all_reduce, tensor, kind, group)
     return tensor
 
 
@@ -112,8 +141,18 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     if world_size(group) == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group)
+    _off_the_clock(dist.all_gather, parts, tensor.contiguous(), group)
     return torch.cat(parts)
+
+
+def _off_the_clock(collective: Callable[..., Any], *args: Any) -> None:
+    """Waiting for others is no work of this rank's."""
+    if torch.compiler.is_compiling() or not CLOCK.running:
+        collective(*args)
+        return
+    CLOCK.mark()
+    collective(*args)
+    CLOCK.mark()
 
 
 def broadcast_object(value: Any) -> Any:

@@ -5,6 +5,7 @@ The trainer calls, `backward`s, `step`s and reads `slices`; it never asks which 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from seer_scale.parallel import apex, distributed, fairscale
 from seer_scale.parallel.activation_budget import RecomputePlan, plan_recompute
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm, convert_sync_batchnorm
+from seer_scale.parallel.compile import apply_compile
 from seer_scale.parallel.fsdp import build_mesh, shard_units, unit_parameters
 from seer_scale.parallel.fused_backward import FusedBackward
 from seer_scale.parallel.precision import SCALED, LossScale, apply_autocast
@@ -78,9 +80,9 @@ def shard(
 ) -> Engine:
     """Builds a model and puts it under `config.sharding.strategy`, in the one order there is.
 
-    build on meta -> aligned channels -> grouped SyncBatchNorm -> activation checkpointing ->
-    precision -> shard -> initialise or load what this rank holds -> optimizer -> engine. Memory for
-    weights is first taken after the structure is final.
+    build on meta -> aligned channels -> grouped SyncBatchNorm -> compile -> activation
+    checkpointing -> precision -> shard -> initialise or load what this rank holds -> optimizer ->
+    engine. Memory for weights is first taken after the structure is final.
 
     Args:
         build: makes the model on the device it is given (here: meta).
@@ -101,6 +103,8 @@ def shard(
     convert_sync_batchnorm(model, sharding.sync_bn_group_size, layer)
     if train.precision == "apex-o1":
         apex.apply_o1(cast(MultiCropModel, model))  # fine-tuning offers no Apex
+    if train.compile:
+        apply_compile([*itertools.chain(*model.blocks())])
     apply_activation_checkpointing(
         model.stages(),
         sharding.activation_checkpointing,

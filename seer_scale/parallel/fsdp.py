@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from seer_scale.parallel import distributed
+from seer_scale.parallel.work_clock import CLOCK
 
 
 def build_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
@@ -45,9 +46,18 @@ def shard_units(
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward) for unit in units
     ]
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    for unit in [*units, model]:
+        # Waiting for weights is no work of this rank's; FSDP waits in a hook between these two.
+        unit.register_forward_pre_hook(_mark, prepend=True)
+        unit.register_forward_pre_hook(_mark)
     for index, each in enumerate(wrapped):
         each.set_modules_to_forward_prefetch(wrapped[index + 1 : index + 1 + prefetch])
         each.set_modules_to_backward_prefetch(wrapped[max(0, index - prefetch) : index][::-1])
+
+
+def _mark(*_: object) -> None:
+    if CLOCK.running:
+        CLOCK.mark()
 
 
 def unit_parameters(model: nn.Module, units: Sequence[nn.Module]) -> list[list[nn.Parameter]]:

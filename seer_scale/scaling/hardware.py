@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seer_scale.errors import ConfigError
@@ -54,6 +56,7 @@ class Hardware(_Part):
 
     Attributes:
         name: in words.
+        device_names: what torch calls such a GPU, or Linux the CPU of such a core.
         generation: those of one generation share an efficiency.
         memory_gib: of a rank.
         on_touch: whether memory is taken only when it is written to.
@@ -68,6 +71,7 @@ class Hardware(_Part):
     """
 
     name: str
+    device_names: tuple[str, ...] = ()
     generation: str
     memory_gib: Positive
     on_touch: bool = False
@@ -107,6 +111,21 @@ class Hardware(_Part):
 def names() -> list[str]:
     """Of the profiles there are."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def hardware_of(device: str) -> Hardware | None:
+    """The profile whose `device_names` hold `device`; None if there is none."""
+    profiles = map(load_hardware, names())
+    return next((known for known in profiles if device in known.device_names), None)
+
+
+def device_name(device: torch.device) -> str:
+    """What torch calls a GPU, or Linux the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.machine())
 
 
 def load_hardware(name: str) -> Hardware:

@@ -19,6 +19,7 @@ from seer_scale.parallel.batchnorm import (
     average_running_statistics,
     convert_sync_batchnorm,
 )
+from seer_scale.parallel.compile import apply_compile
 
 Distributed = Callable[..., list[Any]]
 ROWS = {1: [7], 2: [5, 2], 4: [3, 1, 4, 2]}  # uneven on purpose
@@ -312,8 +313,7 @@ def compiled(backend: str, group_size: int, recompute: bool) -> list[dict[str, t
         torch.manual_seed(0)
         model = convert_sync_batchnorm(nn.Sequential(Resolutions(), Resolutions()), group_size)
         if fast:
-            for block in model:
-                block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+            apply_compile(list(model), backend=backend)
         if recompute:
             apply_activation_checkpointing([model], "full")
         generator = torch.Generator().manual_seed(dist.get_rank())

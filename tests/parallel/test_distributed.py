@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from seer_scale.parallel import distributed as ranks
 
 Distributed = Callable[..., list[Any]]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_without_a_group_everything_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +163,63 @@ def test_a_plain_run_is_a_group_of_one_that_shares_the_cores() -> None:
         [sys.executable, "-c", PLAIN], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 8),  # plain python: all cores are its
+        ({"LOCAL_SIZE": "2"}, 4),  # deepspeed
+        ({"LOCAL_SIZE": "16"}, 1),
+        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "4"}, None),  # deepspeed --bind_cores_to_rank
+        ({"OMP_NUM_THREADS": "1"}, None),
+        # torchrun says 1 where nobody has said anything, and only for several ranks.
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 4),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}, None),
+        ({"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, None),
+    ],
+)
+def test_cores_are_divided_among_the_ranks_of_a_node(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int | None
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "physical_cores", lambda: 8)
+    assert ranks.threads_of_a_rank() == expected
+
+
+def test_physical_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.sched_getaffinity(0)
+    assert 1 <= ranks.physical_cores() <= len(allowed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {min(allowed)})
+    assert ranks.physical_cores() == 1
+
+
+THREADS = """
+import torch
+from seer_scale.parallel import distributed
+distributed.init(threads=THREADS)
+print(f"threads {torch.get_num_threads()}")
+distributed.shutdown()
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("threads", [None, 3])
+def test_torchrun_s_default_is_not_taken_for_the_user_s(
+    tmp_path: Path, threads: int | None
+) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS.replace("THREADS", str(threads)))
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+    )
+    share = max(1, ranks.physical_cores() // 2)
+    assert done.stdout.split("\n")[:2] == [f"threads {threads or share}"] * 2

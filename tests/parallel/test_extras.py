@@ -132,7 +132,8 @@ def states(model: nn.Module, handle: SimpleNamespace) -> dict[str, list[bool]]:
     original = torch.nn.functional.linear
 
     def linear(*args: Any) -> torch.Tensor:
-        seen.setdefault("linear", []).append(handle._is_active)
+        if isinstance(args[1], nn.Parameter):  # not squeeze-and-excitation's, noted above
+            seen.setdefault("linear", []).append(handle._is_active)
         return original(*args)
 
     torch.nn.functional.linear = linear
