@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from seer_scale.evaluation.during_training import DuringTraining, sheet_of
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import Engine
 from seer_scale.records import EVALUATED, Records
+from seer_scale.spikes import WINDOW
 from seer_scale.tracking import NullTracker, Tracker
 
 
@@ -31,6 +32,7 @@ class TrainState:
     samples_seen: int = 0
     best_loss: float = math.inf  # smallest mean loss between two checkpoints
     collection: InUse | None = None  # what is read, and since when
+    losses: list[float] = field(default_factory=list)  # the last ones, that spikes are held against
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
@@ -46,6 +48,10 @@ class TrainState:
         """One more step of `images` images."""
         self.step += 1
         self.samples_seen += images
+
+    def observe(self, loss: float) -> None:
+        """Takes in a step's loss, which is finite."""
+        self.losses = [*self.losses, loss][-WINDOW:]
 
 
 class Saves:

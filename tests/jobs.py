@@ -36,13 +36,12 @@ def arguments(data: Path | str, run_dir: Path, *more: str) -> list[str]:
 
 def run_job(argv: list[str]) -> int:
     """What launch/pretrain.py does, inside a process group that exists; returns the last step."""
-    from seer_scale import checkpoint
+    from seer_scale import attempts, checkpoint
     from seer_scale.check import check_sharding
     from seer_scale.data import open_source
     from seer_scale.ds_config import load_ds_config, resolve_ds_config
     from seer_scale.parallel import distributed
     from seer_scale.recipe import parse
-    from seer_scale.trainer import Trainer
 
     parsed = parse(argv, recipes=RECIPES)
     config, ds_config = parsed.config, None
@@ -60,18 +59,15 @@ def run_job(argv: list[str]) -> int:
         local_world_size=distributed.local_world_size(),
         cuda=False,
     )
-    trainer = Trainer(
+    attempts.train(
         config,
         ds_config=ds_config,
         source=open_source(config.data.path),
         resume=checkpoint.first_whole(candidates, print),
         device=device,
+        warn=print,
     )
-    try:
-        trainer.train()
-    finally:
-        trainer.close("FINISHED")
-    return trainer.state.step
+    return lines(Path(config.run.dir))[-1]["step"] if distributed.is_main() else config.train.steps
 
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
