@@ -40,6 +40,7 @@ def run(arguments: Arguments) -> int:
     from seer_scale.data import open_source
     from seer_scale.objectives import check_options
     from seer_scale.parallel import distributed, failure
+    from seer_scale.scaling.advice import is_out_of_memory, out_of_memory
     from seer_scale.tracking.uri import resolve_uri
     from seer_scale.trainer import Stop
 
@@ -79,7 +80,17 @@ def run(arguments: Arguments) -> int:
         failure.mark()
         raise
     except Exception as error:
-        failure.end(error)
+        if not is_out_of_memory(error):
+            failure.end(error)
+        sentence = out_of_memory(
+            error,
+            config,
+            nodes=max(1, world_size // distributed.local_world_size()),
+            gpus_per_node=distributed.local_world_size(),
+            cuda=device.type == "cuda",
+        )
+        failure.mark()
+        raise UserError(sentence) from None
     distributed.shutdown()
     return REQUEUE_STATUS if stop is Stop.REQUEUE else 0
 
