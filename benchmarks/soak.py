@@ -5,8 +5,8 @@
 One `torchrun --max-restarts` of `debug` with `--resume auto`, on images of which some are broken,
 recorded by a real MLflow server. At steps drawn from the seed a rank is killed (`kill -9`) or
 stands still for some seconds (SIGSTOP), the server dies and comes back, or the disk takes no file
-of more than some kilobytes for a while. The last 40 % are without kills: there the memory and the open
-files of each rank have to stay where they are.
+of more than some kilobytes for a while. The last 40 % are without kills: there the memory and the
+open files of each rank have to stay where they are.
 """
 
 from __future__ import annotations
