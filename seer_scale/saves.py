@@ -40,8 +40,16 @@ class TrainState:
         try:
             state = dict(manifest["state"])
             in_use = state.pop("collection")
-            return cls(**state, collection=in_use and InUse(**in_use))
-        except (KeyError, TypeError) as error:
+            found = cls(**state, collection=in_use and InUse(**in_use))
+            numbers = [found.step, found.samples_seen]
+            if found.collection:
+                numbers.append(found.collection.origin)
+            if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+                raise ValueError(f"{numbers} should be integers >= 0")
+            if type(found.best_loss) is not float or not all(map(math.isfinite, found.losses)):
+                raise ValueError("losses should be numbers")
+            return found
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
 
     def advance(self, images: int) -> None:

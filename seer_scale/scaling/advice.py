@@ -79,7 +79,7 @@ def _knobs(own: Plan) -> Iterator[tuple[str, dict[str, dict[str, Any]], str | No
     train, sharding = own.config.train, own.config.sharding
     if train.micro_batch_size > 1:
         half, twice = train.micro_batch_size // 2, 2 * train.gradient_accumulation
-        keys = {"micro_batch_size": half, "gradient_accumulation": twice}
+        keys: dict[str, Any] = {"micro_batch_size": half, "gradient_accumulation": twice}
         text = f"train.micro_batch_size={half} with train.gradient_accumulation={twice}"
         yield text, {"train": keys}, None
     if sharding.activation_checkpointing != "full":
