@@ -49,7 +49,7 @@ class TrainState:
             if type(found.best_loss) is not float or not all(map(math.isfinite, found.losses)):
                 raise ValueError("losses should be numbers")
             return found
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
 
     def advance(self, images: int) -> None:

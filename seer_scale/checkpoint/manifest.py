@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no whole checkpoint: it has no {MANIFEST}; resume from another one"
         ) from None
     # RecursionError: of a damaged file of brackets.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
     if form > FORMAT:
         raise OtherFormatError(
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         missing = [r for r in possible if rank_file(folder, r).name not in files]
         if missing:
             raise ValueError(f"it has no {rank_file(folder, missing[0]).name}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
     if step_of(folder) not in (None, step):
         raise CheckpointError(
