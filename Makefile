@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
-	bench bench-gpu bench-memory bench-loader elastic kill stall study
+	bench bench-gpu bench-memory bench-loader elastic kill stall soak study
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -55,6 +55,9 @@ elastic: $(READY)  ## the elastic matrix of docs/checkpoints.md
 
 kill: $(READY)  ## kill a random rank 20 times and look for lost samples
 	$(BIN)/python benchmarks/kill.py
+
+soak: $(READY)  ## 2,000 steps with ranks, servers and disks that fail at random
+	$(BIN)/python benchmarks/soak.py
 
 stall: $(READY)  ## how long a save holds up the training
 	$(BIN)/python benchmarks/stall.py --write

@@ -52,6 +52,7 @@ setup(
         # launch/convert.py --to onnx; timm and transformers only read what it writes.
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "dev": [
+            "hypothesis>=6.130",
             "moto[server]>=5.1",
             "mypy>=2",
             "pytest>=9",

@@ -35,13 +35,14 @@ def run(arguments: Arguments) -> int:
     # torch is first imported here: a mistyped key above is answered at once.
     import torch
 
-    from seer_scale import build, checkpoint
+    from seer_scale import attempts, build, checkpoint
     from seer_scale.check import check_sharding
     from seer_scale.data import open_source
     from seer_scale.objectives import check_options
     from seer_scale.parallel import distributed, failure
+    from seer_scale.scaling.advice import is_out_of_memory, out_of_memory
     from seer_scale.tracking.uri import resolve_uri
-    from seer_scale.trainer import Stop, Trainer
+    from seer_scale.trainer import Stop
 
     check_sharding(
         config,
@@ -67,24 +68,36 @@ def run(arguments: Arguments) -> int:
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes), config.run.threads)
     failure.watch()
     try:
-        resume = checkpoint.first_whole(
-            candidates, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True)
+        stop = attempts.train(
+            config,
+            ds_config=ds_config,
+            source=source,
+            resume=checkpoint.first_whole(candidates, warn),
+            device=device,
+            warn=warn,
         )
-        trainer = Trainer(config, ds_config=ds_config, source=source, resume=resume, device=device)
-        status, stop = "FAILED", Stop.NO
-        try:
-            stop = trainer.train()
-            failure.unwatch()  # from here on ranks leave as they are done
-            status = "FINISHED" if stop is Stop.NO else "KILLED"
-        finally:
-            trainer.close(status)
     except UserError:
         failure.mark()
         raise
     except Exception as error:
-        failure.end(error)
+        if not is_out_of_memory(error):
+            failure.end(error)
+        sentence = out_of_memory(
+            error,
+            config,
+            nodes=max(1, world_size // distributed.local_world_size()),
+            gpus_per_node=distributed.local_world_size(),
+            cuda=device.type == "cuda",
+        )
+        failure.mark()
+        raise UserError(sentence) from None
     distributed.shutdown()
     return REQUEUE_STATUS if stop is Stop.REQUEUE else 0
+
+
+def warn(text: str) -> None:
+    """Tells the user something that is no error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

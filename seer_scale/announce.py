@@ -63,7 +63,8 @@ def announce(
         say(str(plan))
     if saved_config is None:
         return
-    saved, now = build.flatten(saved_config), build.flatten(config.model_dump(mode="json"))
+    saved = build.flatten(saved_config)
+    now = build.flatten(build.public(config).model_dump(mode="json"))
     changed = [
         f"{key} {saved.get(key)} -> {value}"
         for key, value in now.items()

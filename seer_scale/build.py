@@ -10,7 +10,7 @@ import torch
 
 from seer_scale.collection import Collection, InUse
 from seer_scale.config import RunConfig
-from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, build_loader
+from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, addresses, build_loader
 from seer_scale.data.addresses import is_remote
 from seer_scale.data.cache import default_folder
 from seer_scale.data.shard_manifest import is_manifest
@@ -246,10 +246,20 @@ def profiler_of(
 
 
 def public(config: RunConfig) -> RunConfig:
-    """The configuration as files may hold it: without the tracking server's credentials."""
-    tracking = config.tracking
-    update = {"uri": tracking.uri and redact(tracking.uri)}
-    return config.model_copy(update={"tracking": tracking.model_copy(update=update)})
+    """The configuration as files, MLflow and the log may hold it: no address has its secrets.
+
+    Credentials and signatures of data.path and eval.data have to be given again to `--recipe
+    config.yaml`; those of the tracking server come from the environment too.
+    """
+    data, evaluation, tracking = config.data, config.eval, config.tracking
+    update = {
+        "data": data.model_copy(update={"path": addresses.redact(data.path)}),
+        "eval": evaluation.model_copy(
+            update={"data": evaluation.data and addresses.redact(evaluation.data)}
+        ),
+        "tracking": tracking.model_copy(update={"uri": tracking.uri and redact(tracking.uri)}),
+    }
+    return config.model_copy(update=update)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

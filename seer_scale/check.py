@@ -60,6 +60,7 @@ def check_sharding(
     _check_precision(config, zero)
     _check_compile(config, zero)
     _check_fused_backward(config, world_size)
+    _check_skips(config, ds_config)
     _check_offload(config, zero)
 
 
@@ -216,6 +217,36 @@ def _check_fused_backward(config: RunConfig, world_size: int) -> None:
     raise ConfigError(
         f"optim.fuse_backward is true, but {why}: it goes with fsdp and hsdp, and ddp on one "
         "rank, in fp32 or bf16 without accumulation; set optim.fuse_backward=false"
+    )
+
+
+def steps_one_by_one(config: RunConfig, ds_config: Mapping[str, Any] | None) -> str | None:
+    """What makes tensors step without a look at all the others; None if nothing does."""
+    if config.optim.fuse_backward:
+        return "optim.fuse_backward is true"
+    zero = (ds_config or {}).get("zero_optimization", {})
+    if _device(zero, "offload_optimizer") == "nvme":
+        return "zero_optimization.offload_optimizer.device is nvme"
+    return None
+
+
+def max_nonfinite(config: RunConfig, ds_config: Mapping[str, Any] | None) -> int:
+    """`train.max_nonfinite`, or what null means."""
+    return config.train.max_nonfinite or (1 if steps_one_by_one(config, ds_config) else 3)
+
+
+def _check_skips(config: RunConfig, ds_config: Mapping[str, Any] | None) -> None:
+    train = config.train
+    why = steps_one_by_one(config, ds_config)
+    if why and max_nonfinite(config, ds_config) > 1:
+        key, instead = f"train.max_nonfinite is {train.max_nonfinite}", "train.max_nonfinite=1"
+    elif why and train.on_spike == "skip":
+        key, instead = "train.on_spike is skip", "train.on_spike=rewind"
+    else:
+        return
+    raise ConfigError(
+        f"{key}, but {why}, and then tensors step one by one, some before another's gradient is "
+        f"known not to be finite: set {instead}"
     )
 
 

@@ -95,7 +95,7 @@ class Collection:
             )
         self._recorded = self._read_record(saved_run, saved, cursor)  # rank 0's; oldest first
         self.in_use = self._begin(saved, saved_run, cursor)
-        self._last_read = time.time()
+        self._last_read = time.monotonic()
 
     def due(self, step: int, cursor: int) -> bool:
         """On rank 0, whether the manifest is to be read after `step`; False elsewhere."""
@@ -108,7 +108,7 @@ class Collection:
             return step % every == 0
         if self._recorded:
             return False  # what was read when, is known
-        return time.time() - self._last_read >= 3600 * every
+        return time.monotonic() - self._last_read >= 3600 * every
 
     def refresh(self, cursor: int) -> bool:
         """Reads the manifest, or takes the turn that is recorded; whether the source is another.
@@ -130,7 +130,7 @@ class Collection:
                 if not turns:
                     self._note(self.in_use.version, self.source.shard_sizes.tolist(), cursor)
             self._recorded = [reading for reading in self._recorded if reading not in turns]
-            self._last_read = time.time()
+            self._last_read = time.monotonic()
         shards = distributed.broadcast_object(shards)
         if shards is None or manifests.version_of(shards) == self.in_use.version:
             return False

@@ -91,6 +91,24 @@ class TrainSection(Section):
         description="torch.compile block by block; takes minutes at the start, and is slower on a "
         "CPU: docs/performance.md",
     )
+    max_nonfinite: Positive | None = Field(
+        None,
+        description="steps in a row with a loss that is not finite, each left out, that end the "
+        "run; null means 3, or 1 where tensors step one by one (fuse_backward, nvme)",
+    )
+    on_spike: Literal["continue", "skip", "rewind"] = Field(
+        "continue",
+        description="what to do about a loss that jumps: say so, leave the update out, or go back "
+        "to the last checkpoint and on with the images after it",
+    )
+    spike_mads: PositiveFloat = Field(
+        10.0,
+        description="how far above the median of the last 64 losses a spike is, in their median "
+        "distances from it",
+    )
+    max_rewinds: Positive = Field(
+        3, description="on_spike=rewind: times to one checkpoint, after which the run ends"
+    )
 
 
 class ModelSection(Section):

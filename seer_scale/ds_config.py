@@ -144,6 +144,8 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{path} is not valid JSON: {error.msg} ({place})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets without end
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {shown(raw)}, but must hold an object of DeepSpeed's keys")
     return raw

@@ -15,12 +15,20 @@ from typing import NoReturn
 # (EX_TEMPFAIL of sysexits.h); one that lost a rank wants the same, and has not saved.
 REQUEUE_STATUS = 75
 LOST_RANK_STATUS = 76
+LONGEST = 1500  # characters of a sentence
 
 
 class UserError(Exception):
     """A mistake outside the program; its message is the whole sentence the user sees."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        """One line that a terminal may show, whatever the key or the name in it holds."""
+        text = "".join(
+            char if char.isprintable() else repr(char)[1:-1] for char in super().__str__()
+        )
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 class ConfigError(UserError):

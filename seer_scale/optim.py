@@ -78,6 +78,10 @@ class SliceSGD(torch.optim.Optimizer):
     back to length one afterwards (SwAV's rule for prototypes). A `frozen` tensor keeps its values,
     and neither gradient, decay nor momentum of a frozen step is remembered.
 
+    A step whose gradient is not finite, in any tensor on any rank, leaves values and momentum as
+    they are, bit for bit: the device decides, from the reduced norms; the host need not wait. Where
+    tensors step one by one (`step_now`, and ZeRO without `reduce_norms`) each is decided alone.
+
     Args:
         groups: from `parameter_groups`.
         shards: ranks that each hold one part of every tensor; 1 if tensors are whole. See
@@ -117,6 +121,7 @@ class SliceSGD(torch.optim.Optimizer):
         self._rank = dist.get_rank(shard_group) if shards > 1 else 0
         self._squared_grad_norms: list[Tensor] = []
         self._norms: dict[str, Tensor] = {}  # [value norm, gradient norm] of the coming step
+        self._whole: Tensor | None = None  # whether all of those are finite, [] bool
         self._extents: dict[str, tuple[int, int]] = {}
 
     def slices(self) -> Iterator[Slice]:
@@ -156,15 +161,17 @@ class SliceSGD(torch.optim.Optimizer):
         if self.loss_scale:
             self._rescale(norms)
         self._norms = dict(zip([group["name"] for group, _ in present], norms.T, strict=True))
+        self._whole = norms[1].isfinite().all()
 
     def take_grad_norm(self) -> Tensor:
-        """Norm of the last step's gradient over all tensors that were free to move, [] float32.
+        """Norm of the last step's gradient over all tensors that were free to move, [] float64.
 
-        Infinite after a step that a loss scale has skipped.
+        Not finite after a step that was skipped, and after no other.
         """
         squares, self._squared_grad_norms = self._squared_grad_norms, []
         if self.loss_scale and self.loss_scale.overflowed:
             return torch.full((), math.inf)
+        # In float64 no finite norm has an infinite square.
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()
@@ -196,12 +203,17 @@ class SliceSGD(torch.optim.Optimizer):
         names = [group["name"] for group, _ in present]
         if all(name in self._norms for name in names):
             norms = torch.stack([self._norms.pop(name) for name in names], dim=1)
+            assert self._whole is not None
+            finite = self._whole
         else:
             norms = self._whole_norms(values, grads)  # [2, tensors]
             if self.loss_scale:
                 self._rescale(norms)
+            finite = norms[1].isfinite().all()
         if self.loss_scale and self.loss_scale.overflowed:
             return
+        skipped, moves = ~finite, finite.to(norms.dtype)
+        beta = torch.full_like(moves, present[0][0]["momentum"]).masked_fill_(skipped, 1)
         scale = 1 / self.loss_scale.stepped_with if self.loss_scale else 1.0
         first = present[0][0]  # weight decay and eps are those of all tensors
         on_grad, on_value = self._coefficients(norms, first["weight_decay"], first["eps"])
@@ -209,19 +221,22 @@ class SliceSGD(torch.optim.Optimizer):
         for index, (group, parameter) in enumerate(present):
             if group["frozen"]:
                 continue
-            self._squared_grad_norms.append(norms[1, index].square())
+            self._squared_grad_norms.append(norms[1, index].double().square())
             kept = self._valid(group, parameter, self._momentum(parameter))
             momentum = kept.to(values[index].device, non_blocking=True)
             update = grads[index] * on_grad[index]
             update.addcmul_(values[index], on_value[index])
-            momentum.mul_(group["momentum"]).add_(update)
+            update.masked_fill_(skipped, 0)
+            momentum.mul_(beta).add_(update)
             if self.nesterov:
-                update.add_(momentum, alpha=group["momentum"])
-            values[index].sub_(update if self.nesterov else momentum, alpha=group["lr"])
+                update.add_(momentum, alpha=group["momentum"]).mul_(moves)
+            else:
+                torch.mul(momentum, moves, out=update)
+            values[index].sub_(update, alpha=group["lr"])
             if momentum is not kept:
                 kept.copy_(momentum, non_blocking=True)
             if group["unit_rows"]:
-                self._normalise_rows(group, parameter)
+                self._normalise_rows(group, parameter, skipped)
 
     def _rescale(self, norms: Tensor) -> None:
         """Brings gradient norms back to their true size; decides whether the step is skipped."""
@@ -293,7 +308,7 @@ class SliceSGD(torch.optim.Optimizer):
         momentum: Tensor = state[MOMENTUM]
         return momentum
 
-    def _normalise_rows(self, group: dict[str, Any], parameter: Tensor) -> None:
+    def _normalise_rows(self, group: dict[str, Any], parameter: Tensor, skipped: Tensor) -> None:
         offset, length = self._extent(group, parameter)
         flat = local(parameter.detach()).view(-1)
         rows, width = group["shape"]
@@ -307,5 +322,6 @@ class SliceSGD(torch.optim.Optimizer):
         if self.shards > 1:
             distributed.all_reduce(squared, group=self.shard_group)
         norms = squared.sqrt().clamp_min_(1e-12)[first : first + touched].to(flat.dtype)
+        norms = norms.masked_fill_(skipped, 1)  # or rows would change in their last bit
         padded = padded.view(touched, width).div_(norms[:, None]).view(-1)
         flat[:length] = padded[lead : lead + length]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TextIO
 
 from tqdm import tqdm
@@ -19,6 +20,8 @@ def _duration(seconds: float) -> str:
 
 class Progress:
     """Shows step, ETA, images/s, loss, learning rate and memory.
+
+    A log on a full disk, or a terminal that is gone, loses lines and does not end the run.
 
     Args:
         total: steps of the whole run.
@@ -39,6 +42,10 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics of `step`, the last one done."""
+        with suppress(OSError):
+            self._update(step, metrics)
+
+    def _update(self, step: int, metrics: Mapping[str, float]) -> None:
         shown = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.4g}  "
             f"{metrics['images_per_second']:.1f} img/s  {metrics['peak_memory_gib']:.2f} GiB"
@@ -60,12 +67,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        if self.bar is not None:
-            self.bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+        with suppress(OSError):
+            if self.bar is not None:
+                self.bar.write(text, file=self.stream)
+            else:
+                print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -41,7 +43,10 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 class Records:
-    """Appends one JSON object per step to each file; whole lines, flushed as they come."""
+    """Appends one JSON object per step to each file; whole lines, flushed as they come.
+
+    A disk that takes nothing costs a warning and lines, not the run; `close` still tries.
+    """
 
     def __init__(self, run_dir: Path, *, first_step: int, log_samples: bool) -> None:
         self.run_dir = run_dir
@@ -52,20 +57,33 @@ class Records:
         self._samples: TextIO | None = None
         if log_samples:
             self._samples = (run_dir / SAMPLES).open("a", buffering=1)
+        self._warned = False
+
+    @contextmanager
+    def _outliving_the_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"records of {self.run_dir} are lost: {error}", stacklevel=4)
+            self._warned = True
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl: of the step itself, or of an evaluation after it."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        with self._outliving_the_disk():
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
 
     def samples(self, step: int, ids: list[int]) -> None:
         """One line of samples.jsonl, if it is kept: the ids of the global batch."""
         if self._samples is not None:
-            self._samples.write(json.dumps({"step": step, "samples": ids}) + "\n")
+            with self._outliving_the_disk():
+                self._samples.write(json.dumps({"step": step, "samples": ids}) + "\n")
 
     def bad_samples(self, step: int, bad: Sequence[tuple[str, str]]) -> None:
         """One line of bad_samples.jsonl per image that was replaced."""
         if bad:
-            with (self.run_dir / BAD_SAMPLES).open("a") as file:
+            path = self.run_dir / BAD_SAMPLES
+            with self._outliving_the_disk(), path.open("a") as file:
                 for name, cause in bad:
                     file.write(json.dumps({"step": step, "name": name, "cause": cause}) + "\n")
 
@@ -76,13 +94,14 @@ class Records:
 
     def draw_curve(self) -> None:
         """Draws `curve.png` from what is there so far."""
-        draw_curve(self.run_dir)
+        with self._outliving_the_disk():
+            draw_curve(self.run_dir)
 
     def close(self) -> None:
         """Closes the files and draws the curve."""
-        self._metrics.close()
-        if self._samples is not None:
-            self._samples.close()
+        for file in filter(None, (self._metrics, self._samples)):
+            with self._outliving_the_disk():
+                file.close()
         self.draw_curve()
 
     def __enter__(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from seer_scale.evaluation.during_training import DuringTraining, sheet_of
 from seer_scale.parallel import distributed
 from seer_scale.parallel.engine import Engine
 from seer_scale.records import EVALUATED, Records
+from seer_scale.spikes import WINDOW
 from seer_scale.tracking import NullTracker, Tracker
 
 
@@ -31,6 +32,7 @@ class TrainState:
     samples_seen: int = 0
     best_loss: float = math.inf  # smallest mean loss between two checkpoints
     collection: InUse | None = None  # what is read, and since when
+    losses: list[float] = field(default_factory=list)  # the last ones, that spikes are held against
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
@@ -38,14 +40,26 @@ class TrainState:
         try:
             state = dict(manifest["state"])
             in_use = state.pop("collection")
-            return cls(**state, collection=in_use and InUse(**in_use))
-        except (KeyError, TypeError) as error:
+            found = cls(**state, collection=in_use and InUse(**in_use))
+            numbers = [found.step, found.samples_seen]
+            if found.collection:
+                numbers.append(found.collection.origin)
+            if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+                raise ValueError(f"{numbers} should be integers >= 0")
+            if type(found.best_loss) is not float or not all(map(math.isfinite, found.losses)):
+                raise ValueError("losses should be numbers")
+            return found
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
 
     def advance(self, images: int) -> None:
         """One more step of `images` images."""
         self.step += 1
         self.samples_seen += images
+
+    def observe(self, loss: float) -> None:
+        """Takes in a step's loss, which is finite."""
+        self.losses = [*self.losses, loss][-WINDOW:]
 
 
 class Saves:

@@ -16,7 +16,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from torch import Tensor
 from seer_scale import build, recipe
 from seer_scale.announce import announce
 from seer_scale.bad_samples import BadSamples
-from seer_scale.checkpoint import CheckpointReader
+from seer_scale.check import max_nonfinite
+from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.config import RunConfig
 from seer_scale.data import BadSample, DeviceBatches, MicroBatch, Source
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.models import seeded_values
+from seer_scale.nonfinite import culprits, dump
 from seer_scale.objectives import build_objective, collapse_warning
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
@@ -41,11 +43,14 @@ from seer_scale.performance.stragglers import Stragglers
 from seer_scale.progress import Progress
 from seer_scale.rank_state import load_rank_state, rank_state, seed_rank
 from seer_scale.records import Records
+from seer_scale.rewinds import RECORD, position_after, read_rewinds
 from seer_scale.saves import Saves, TrainState
 from seer_scale.schedules import prototypes_frozen
+from seer_scale.step_guard import StepGuard, Verdict
 
 COLLAPSE_WINDOW = 50  # steps that a verdict is averaged over
 SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
+SKIPPED = "update_skipped"  # in a step that was no ordinary one: 1 if its update was left out
 TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
 
 # What batch systems send before they take a job's machines away.
@@ -58,6 +63,16 @@ class Stop(Enum):
     NO = "the last step"
     DONE = "somebody wants it to end"  # SIGINT
     REQUEUE = "its machines are taken away, and it is to go on elsewhere"
+    REWIND = "its loss jumped, and it is to go on from its last checkpoint"
+
+
+class Spike(NamedTuple):
+    """The step that a rewind answers, and the position of the stream after it."""
+
+    step: int
+    loss: float
+    threshold: float
+    samples_seen: int
 
 
 class Trainer:
@@ -129,7 +144,21 @@ class Trainer:
             cursor=self.state.samples_seen,
             say=self._say,
         )
+        # After the collection, which takes the turns up to there by itself.
+        rewinds = read_rewinds(self.run_dir)
+        self.state.samples_seen = position_after(rewinds, self.state.step, self.state.samples_seen)
+        if rewinds:
+            self.tracker.set_tags({"rewinds": len(rewinds)})
         self._open_batches()
+        self.guard = StepGuard(
+            self.engine.model,
+            self.objective,
+            mads=config.train.spike_mads,
+            skip_spikes=config.train.on_spike == "skip",
+            micro_batches=config.train.gradient_accumulation,
+        )
+        self._max_nonfinite = max_nonfinite(config, ds_config)
+        self.spike: Spike | None = None  # that ended the training, with on_spike=rewind
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.watchdog = Watchdog(60 * config.run.hang_minutes)
         self.records = self._open_records()
@@ -159,7 +188,10 @@ class Trainer:
         self._apply_schedules()
         sums: dict[str, Tensor] = {}
         micro_batches: list[MicroBatch] = []
+        losses: list[Tensor] = []
+        scored: list[Tensor] = []
         waited = 0.0
+        self.guard.begin(self.state.losses)
         for micro in range(self.config.train.gradient_accumulation):
             asked = time.perf_counter()
             self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
@@ -174,39 +206,40 @@ class Trainer:
                     embeddings, scores = self.engine(batch.crops, queue)
                 with self.profiler.range("loss"):
                     loss, metrics = self.objective(embeddings, scores)
-            with self.profiler.range("backward"):
-                self.engine.backward(loss)
-            with self.profiler.range("optimizer"):
-                grad_norm = self.engine.step()
             for name, value in {**metrics, "loss": loss}.items():
                 if not isinstance(value, Tensor):
                     value = torch.full((), value, device=self.device)
                 sums[name] = sums.get(name, 0) + value.detach().float()
+            losses.append(loss.detach())
+            scored.append(scores.detach())
+            last = micro + 1 == self.config.train.gradient_accumulation
+            with self.profiler.range("backward"):
+                self.engine.backward(self.guard.gate(loss, sums["loss"] if last else None))
+            with self.profiler.range("optimizer"):
+                grad_norm = self.engine.step()
         assert grad_norm is not None
         self.state.advance(self.global_batch)
 
         # The step's one wait for the device; the loss scale of float16 has another.
         means, norm, bad, work, stop, refresh = self._reduce(sums, grad_norm, micro_batches, worked)
         scale = self.engine.loss_scale
-        skipped = scale is not None and scale.overflowed
-        # All are the same on every rank, so all stop here, before such weights are saved.
-        if not math.isfinite(means["loss"] + (0.0 if skipped else norm)):
-            raise UserError(
-                f"the loss of step {self.state.step} is {means['loss']}, the norm of its gradient "
-                f"{norm}: the run stops, its "
-                "checkpoints stay; try a lower optim.lr or optim.base_lr, a longer "
-                "optim.warmup_steps or train.precision=fp32"
-            )
+        overflow = scale is not None and scale.overflowed
+        # All of it is the same on every rank, so all do the same.
+        verdict = self.guard.judge(means["loss"], norm, overflow=overflow)
+        if verdict is Verdict.NONFINITE:
+            self._leave_out(means["loss"], norm, micro_batches, losses, scored)
+        elif verdict is not Verdict.GOOD and self._answer_spike(means["loss"], verdict, stop):
+            stop = Stop.REWIND
         self._record_samples(micro_batches, bad)
         seconds = time.perf_counter() - began
         rate = self.global_batch / seconds / distributed.world_size()  # of one rank
         line: dict[str, float] = {
             **means,
+            **({} if verdict is Verdict.GOOD else {SKIPPED: float(verdict is not Verdict.SPIKE)}),
             "lr": self.engine.param_groups[0]["lr"],
-            # JSON has no infinity; loss_scale_overflow says that this step was skipped.
-            **({} if skipped else {"grad_norm": norm}),
+            "grad_norm": norm,
             **(
-                {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(skipped)}
+                {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(overflow)}
                 if scale
                 else {}
             ),
@@ -220,6 +253,46 @@ class Trainer:
             "bad_samples": bad,
         }
         return line, stop, refresh
+
+    def _leave_out(
+        self,
+        loss: float,
+        grad_norm: float,
+        micro_batches: list[MicroBatch],
+        losses: list[Tensor],
+        scores: list[Tensor],
+    ) -> None:
+        """Says whose loss was not finite; ends the run where that is too many in a row."""
+        step, row = self.state.step, self.guard.nonfinite
+        what = (
+            f"the loss of step {step} is {loss}, the norm of its gradient {grad_norm}, on "
+            f"{culprits(micro_batches, losses)}"
+        )
+        if row < self._max_nonfinite:
+            self._say(f"warning: {what}: its update is left out, {row} in a row")
+            return
+        folder = self.run_dir / f"nonfinite_step_{step}"
+        problem = dump(folder, micro_batches, losses, scores)
+        self.saves.finish()
+        saved = list_checkpoints(self.run_dir / "checkpoints")
+        raise UserError(
+            f"{what}: {row} in a row (train.max_nonfinite), and the run stops; the last good "
+            f"checkpoint is {saved[-1] if saved else 'none'}; what the ranks computed is "
+            f"{f'not written ({problem})' if problem else f'in {folder}'}; try a lower optim.lr or "
+            "optim.base_lr, a longer optim.warmup_steps or train.precision=fp32"
+        )
+
+    def _answer_spike(self, loss: float, verdict: Verdict, stop: Stop) -> bool:
+        """Says that a loss has jumped; whether the run goes back to its last checkpoint."""
+        step, threshold = self.state.step, self.guard.threshold
+        if self.config.train.on_spike == "rewind" and stop is Stop.NO:
+            self.spike = Spike(step, loss, threshold, self.state.samples_seen)
+            return True
+        then = "its update is left out" if verdict is Verdict.SKIPPED_SPIKE else "the run goes on"
+        self._say(
+            f"warning: the loss of step {step} is {loss:.6g}, a spike above {threshold:.6g}: {then}"
+        )
+        return False
 
     def _apply_schedules(self) -> None:
         step = self.state.step
@@ -292,6 +365,9 @@ class Trainer:
             self.garbage.after(self.state.step)
             self._log({**metrics, **self.saves.metrics()})
             self.saves.settle()
+            if stop is Stop.REWIND:
+                self.saves.finish()  # what is being written may be what to go back to
+                return stop
             if refresh:
                 self._read_manifest()
             last = stop is not Stop.NO or self.state.step == self.config.train.steps
@@ -333,7 +409,13 @@ class Trainer:
             self.records.close()
             if causes := self.bad_samples.report():
                 self._say(f"images that could not be used and were replaced: {causes}")
-            for name in ("curve.png", "metrics.jsonl", "bad_samples.jsonl", "refreshes.jsonl"):
+            for name in (
+                "curve.png",
+                "metrics.jsonl",
+                "bad_samples.jsonl",
+                "refreshes.jsonl",
+                RECORD,
+            ):
                 if (self.run_dir / name).exists():
                     self.tracker.log_artifact(self.run_dir / name)
         # Nobody who stopped a run wants to wait for its records.
@@ -350,13 +432,17 @@ class Trainer:
         self._stop_signal = signum
 
     def _log(self, metrics: dict[str, float]) -> None:
-        self.saves.observe(metrics["loss"])
+        if math.isfinite(metrics["loss"]):
+            self.saves.observe(metrics["loss"])
+            self.state.observe(metrics["loss"])
         if not (self.records and self.progress):
             return
         step = self.state.step
+        self.progress.update(step, metrics)
+        # JSON has no infinity; what is missing was of a step that was left out.
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.records.metrics(step, metrics)
         self.tracker.log_metrics(metrics, step)
-        self.progress.update(step, metrics)
         self._recent.append(metrics)
         optim = self.config.optim
         settled = max(optim.warmup_steps, optim.freeze_prototypes_steps) + SETTLING_STEPS

@@ -28,6 +28,12 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for a billion values
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="it has an alias (*)", problem_mark=mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
@@ -75,6 +81,8 @@ def read_yaml(text: str, *, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{where} is not valid YAML: {reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is not valid YAML: it is nested too deeply") from None
 
 
 def write_yaml(values: dict[str, Any]) -> str:

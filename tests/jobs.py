@@ -39,23 +39,30 @@ def arguments(data: Path | str, run_dir: Path, *more: str) -> list[str]:
 
 def run_job(argv: list[str]) -> int:
     """What launch/pretrain.py does, inside a process group that exists; returns the last step."""
-    trainer = open_trainer(argv)
-    try:
-        trainer.train()
-    finally:
-        trainer.close("FINISHED")
-    return trainer.state.step
+    from seer_scale import attempts
+    from seer_scale.parallel import distributed
+
+    parts = parts_of(argv)
+    attempts.train(**parts, warn=print)
+    config = parts["config"]
+    return lines(Path(config.run.dir))[-1]["step"] if distributed.is_main() else config.train.steps
 
 
 def open_trainer(argv: list[str], device: Any = None) -> Trainer:
     """The trainer of a job, to be closed by the caller; on this rank's device unless given."""
+    from seer_scale.trainer import Trainer
+
+    return Trainer(**parts_of(argv, device))
+
+
+def parts_of(argv: list[str], device: Any = None) -> dict[str, Any]:
+    """A trainer's arguments."""
     from seer_scale import checkpoint
     from seer_scale.check import check_sharding
     from seer_scale.data import open_source
     from seer_scale.ds_config import load_ds_config, resolve_ds_config
     from seer_scale.parallel import distributed
     from seer_scale.recipe import parse
-    from seer_scale.trainer import Trainer
 
     parsed = parse(argv, recipes=RECIPES)
     config, ds_config = parsed.config, None
@@ -73,13 +80,13 @@ def open_trainer(argv: list[str], device: Any = None) -> Trainer:
         local_world_size=distributed.local_world_size(),
         cuda=False,
     )
-    return Trainer(
-        config,
-        ds_config=ds_config,
-        source=open_source(config.data.path),
-        resume=checkpoint.first_whole(candidates, print),
-        device=device,
-    )
+    return {
+        "config": config,
+        "ds_config": ds_config,
+        "source": open_source(config.data.path),
+        "resume": checkpoint.first_whole(candidates, print),
+        "device": device,
+    }
 
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

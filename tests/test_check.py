@@ -87,6 +87,16 @@ REFUSED: list[tuple[list[str], dict[str, Any] | None, list[str]]] = [
         None,
         ["fuse_backward is true", "precision is amp-o1"],
     ),
+    (
+        ["optim.fuse_backward=true", "sharding.strategy=fsdp", "train.max_nonfinite=3"],
+        None,
+        ["max_nonfinite is 3", "fuse_backward is true", "train.max_nonfinite=1"],
+    ),
+    (
+        ["train.on_spike=skip"],
+        {"stage": 3, "offload_optimizer": {**NVME, "nvme_path": "."}},
+        ["on_spike is skip", "nvme", "train.on_spike=rewind"],
+    ),
     (["optim.momentum_on_host=true"], {"stage": 2}, ["momentum_on_host", "offload_optimizer"]),
 ]
 

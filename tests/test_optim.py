@@ -221,6 +221,41 @@ def test_frozen_tensors_stay_and_remember_nothing() -> None:
     torch.testing.assert_close(prototypes.detach(), expected / expected.norm(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(wrong: float, nesterov: bool) -> None:
+    model = Tensors()
+    groups = parameter_groups(model, unit_rows=UNIT_ROWS)
+    optimizer = build(groups, TRUST, nesterov=nesterov)
+    apply_schedule(optimizer.param_groups, lr=LR)
+    before: Result = {}
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradient(name, step)
+        if step == 1:
+            gradient_of_bias = model.get_parameter("bias").grad
+            assert gradient_of_bias is not None
+            gradient_of_bias.view(-1)[0] = wrong
+            before = {s.name: (s.values.clone(), s.momentum.clone()) for s in optimizer.slices()}
+        optimizer.step()
+        assert math.isfinite(optimizer.take_grad_norm()) == (step != 1)
+        for part in optimizer.slices():
+            if step == 1:
+                assert torch.equal(part.values, before[part.name][0])
+                assert torch.equal(part.momentum, before[part.name][1])
+    # The last step is the second of an optimizer that has never seen the wrong one.
+    other = Tensors()
+    honest = build(parameter_groups(other, unit_rows=UNIT_ROWS), TRUST, nesterov=nesterov)
+    apply_schedule(honest.param_groups, lr=LR)
+    for step in (0, 2):
+        for name, parameter in other.named_parameters():
+            parameter.grad = gradient(name, step)
+        honest.step()
+    for mine, theirs in zip(optimizer.slices(), honest.slices(), strict=True):
+        assert torch.equal(mine.values, theirs.values)
+        assert torch.equal(mine.momentum, theirs.momentum)
+
+
 def test_tensors_without_gradient_are_left_alone() -> None:
     model = Tensors()
     optimizer = build(parameter_groups(model, unit_rows=UNIT_ROWS), TRUST)

@@ -106,3 +106,22 @@ def test_a_terminal_gets_a_bar(clock: list[float]) -> None:
 
 def test_a_run_that_is_done_already_shows_its_last_state() -> None:
     assert "10/10" in shown_on_terminal(lambda terminal: Progress(10, 10, terminal).close())
+
+
+def test_a_full_disk_or_a_closed_terminal_does_not_end_the_run() -> None:
+    with open("/dev/full", "w") as stream:
+        display = Progress(10, 0, stream)
+        display.say("this line is lost")
+        display.update(1, METRICS)
+        display.close()
+        with suppress(OSError):
+            stream.close()
+    ours, theirs = os.openpty()
+    terminal = os.fdopen(theirs, "w")
+    bar = Progress(10, 0, terminal)
+    os.close(ours)
+    bar.say("nobody reads this")
+    bar.update(1, METRICS)
+    bar.close()
+    with suppress(OSError):
+        terminal.close()

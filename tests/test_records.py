@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +109,25 @@ def test_without_a_step_there_is_no_curve(tmp_path: Path) -> None:
     assert draw_curve(tmp_path) is None
     assert not (tmp_path / "curve.png").exists()
     assert read_lines(tmp_path / "missing.jsonl") == []
+
+
+def test_a_disk_that_takes_nothing_costs_lines_not_the_run(tmp_path: Path) -> None:
+    with Records(tmp_path, first_step=0, log_samples=True) as records:
+        records.metrics(1, metrics(1))
+        room = (tmp_path / "metrics.jsonl").stat().st_size + 10
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.warns(UserWarning, match="records of .* are lost: .*File too large"):
+                records.metrics(2, metrics(2))
+            for step in range(3, 200):  # said once, and more than any buffer holds
+                records.metrics(step, metrics(step))
+            records.bad_samples(3, [BadSample("x" * room, "truncated")])
+            records.draw_curve()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        records.metrics(200, metrics(200))
+    found = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert found[0] == 1
+    assert found[-1] == 200
+    assert found == sorted(set(found))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from seer_scale.errors import CheckpointError
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no whole checkpoint: it has no {MANIFEST}; resume from another one"
         ) from None
     # RecursionError: of a damaged file of brackets.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
     if form > FORMAT:
         raise OtherFormatError(
@@ -101,10 +101,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("its contents do not have the checksum that it states")
         step, world_size = int(manifest["step"]), int(manifest["world_size"])
         files = {str(name): Stamp(**fields) for name, fields in manifest["files"].items()}
-        missing = [r for r in range(world_size) if rank_file(folder, r).name not in files]
+        if world_size < 1:
+            raise ValueError(f"it is of {world_size} ranks")
+        if outside := [name for name in files if not _is_inside(name)]:
+            raise ValueError(f"{outside[0]!r:.60} is no file of the checkpoint")
+        possible = range(min(world_size, len(files) + 1))
+        missing = [r for r in possible if rank_file(folder, r).name not in files]
         if missing:
             raise ValueError(f"it has no {rank_file(folder, missing[0]).name}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
     if step_of(folder) not in (None, step):
         raise CheckpointError(
@@ -128,6 +133,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -16,6 +16,10 @@ from seer_scale.parallel import distributed
 from seer_scale.slices import Slice, Values, with_padding
 from seer_scale.tensor_file import Kind, Stamp, TensorFile, stamp
 
+# What a header that is not as it should be makes Python trip over.
+_HOSTILE = (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
+            OverflowError)  # fmt: skip
+
 
 class Piece(NamedTuple):
     """A run of a tensor's elements in a file, from `offset` on."""
@@ -170,11 +174,13 @@ class CheckpointReader:
             self._files.append(file)
             for name, place in json.loads(file.metadata["placement"]).items():
                 dtype, (length,) = file.entries[f"weight/{name}"].kind
-                kind = Kind(dtype, tuple(place["shape"]))
+                kind = Kind(dtype, tuple(map(int, place["shape"])))
+                if min(kind.shape, default=0) < 0:
+                    raise ValueError(f"{name} has a negative side")
                 if self.kinds.setdefault(name, kind) != kind:
                     raise ValueError(f"{name} has another shape than in another file")
                 self._pieces.setdefault(name, []).append(Piece(file, int(place["offset"]), length))
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except _HOSTILE as error:
             raise self._damaged(path, error) from None
 
     def _check_pieces(self) -> None:

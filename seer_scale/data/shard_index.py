@@ -5,6 +5,7 @@ The members of a sample share a key: `000123.jpg`, `000123.json`, `000123.cls`.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tarfile
@@ -169,16 +170,23 @@ def _members(shown: str, shard: FileIO) -> list[tarfile.TarInfo]:
                     f" give {KINDS}"
                 ) from error
             length = os.fstat(shard.fileno()).st_size
+            for member in members:
+                if member.size < 0:
+                    raise DataError(f"shard {shown} is damaged: {member.name} has a negative size")
+                if member.offset_data + member.size > length:
+                    raise DataError(
+                        f"shard {shown} is truncated in member {member.name}: it is {length} bytes"
+                        f" long, but that member ends at {member.offset_data + member.size}"
+                    )
             file.seek(max((_end(member) for member in members), default=0))
             after = file.read(_BLOCK)
-    except tarfile.TarError as error:
+    # ValueError, OverflowError: of a header that sends tarfile before or far behind the file.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {shown} is damaged: {error}") from error
-    for member in members:
-        if member.offset_data + member.size > length:
-            raise DataError(
-                f"shard {shown} is truncated in member {member.name}: it is {length} bytes long,"
-                f" but that member ends at {member.offset_data + member.size}"
-            )
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DataError(f"shard {shown} is damaged: a header points out of it") from error
     if after != bytes(_BLOCK):
         last = f"after member {members[-1].name}" if members else "at its start"
         fault = "damaged" if len(after) == _BLOCK else "truncated"

@@ -142,7 +142,7 @@ def _folder(path: str) -> str:
 
 
 def _json_rows(data: bytes, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    decode = json.JSONDecoder().decode
+    decode = json.JSONDecoder(object_pairs_hook=_without_doubles).decode
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -160,6 +160,13 @@ def _json_rows(data: bytes, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 f" {', '.join(_REQUIRED)}"
             )
         yield number, row
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key is given twice")
+    return row
 
 
 def _parquet_rows(data: bytes, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:

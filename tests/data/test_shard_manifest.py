@@ -90,6 +90,8 @@ def test_paths_are_relative_to_the_manifest(tmp_path, monkeypatch):
         ({"count": -1}, "row 2, column count is -1: it has to be from 1 to"),
         ({"count": 0}, "row 2, column count is 0: it has to be from 1 to"),
         ({"count": 2.0}, "row 2, column count is 2.0: it has to be an integer"),
+        ({"count": float("nan")}, "row 2, column count is nan: it has to be an integer"),
+        ({"count": float("inf")}, "row 2, column count is inf: it has to be an integer"),
         ({"count": True}, "row 2, column count is True: it has to be an integer"),
         ({"count": "2"}, "row 2, column count is '2': it has to be an integer"),
         ({"count": 10**18}, "row 2, column count is 1000000000000000000: it has to be from"),

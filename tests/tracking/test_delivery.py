@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,46 @@ def test_a_server_that_accepts_and_never_answers_slows_nothing(
     outcome = sender.sync(tracker.run_dir)  # the socket is gone: connections are refused now
     assert (outcome.sent, outcome.left) == (0, 1003)
     assert outcome.reason
+
+
+def test_a_server_of_500s_slows_nothing_and_gets_everything_once_it_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_error(500, "internal error")
+
+        do_GET = do_POST = do_PATCH = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    broken = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    port = broken.server_address[1]
+    thread = threading.Thread(target=broken.serve_forever, args=(0.05,))
+    thread.start()
+    tracker = start(tmp_path / "run", f"http://127.0.0.1:{port}", drain_s=0.0)
+    until(lambda: "not sent, next attempt" in (tracker.folder / "sender.log").read_text())
+    assert durations(tracker, range(300)) < 5e-3
+    assert tracker.close(wait_s=1) is False
+    until(lambda: holder(tracker.folder) is None)
+    assert not (tracker.folder / "rejected.jsonl").exists()  # nothing was given up
+    broken.shutdown()
+    broken.server_close()
+    thread.join()
+    mended = Server(tmp_path, port)
+    try:
+        until(mended.healthy)
+        outcome = sender.sync(tracker.run_dir)
+        assert outcome.left == 0
+        assert outcome.run_id is not None
+        values = history(mended.uri(), outcome.run_id, "loss")
+        assert values == [(step, 1 / (step + 1)) for step in range(300)]
+    finally:
+        mended.kill()
 
 
 def durations(tracker: Tracker, steps: range) -> float:
