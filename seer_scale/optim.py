@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from seer_scale.models.padding import Padding
 from seer_scale.parallel import distributed
 from seer_scale.parallel.precision import LossScale
+from seer_scale.sgd_update import update_
 from seer_scale.slices import Slice, extent, local
 
 MOMENTUM = "momentum_buffer"
@@ -176,7 +177,7 @@ class SliceSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every tensor that has a gradient.
+        """Updates every tensor that has a gradient, which is used up.
 
         ZeRO calls this once per tensor and empties the other groups, others once for all: norms
         not yet known are reduced together for whatever is present.
@@ -212,31 +213,53 @@ class SliceSGD(torch.optim.Optimizer):
             finite = norms[1].isfinite().all()
         if self.loss_scale and self.loss_scale.overflowed:
             return
-        skipped, moves = ~finite, finite.to(norms.dtype)
-        beta = torch.full_like(moves, present[0][0]["momentum"]).masked_fill_(skipped, 1)
+        skipped = ~finite
         scale = 1 / self.loss_scale.stepped_with if self.loss_scale else 1.0
-        first = present[0][0]  # weight decay and eps are those of all tensors
+        first = present[0][0]  # weight decay, momentum and eps are those of all tensors
         on_grad, on_value = self._coefficients(norms, first["weight_decay"], first["eps"])
-        on_grad = on_grad * scale
-        for index, (group, parameter) in enumerate(present):
-            if group["frozen"]:
-                continue
-            self._squared_grad_norms.append(norms[1, index].double().square())
-            kept = self._valid(group, parameter, self._momentum(parameter))
-            momentum = kept.to(values[index].device, non_blocking=True)
-            update = grads[index] * on_grad[index]
-            update.addcmul_(values[index], on_value[index])
-            update.masked_fill_(skipped, 0)
-            momentum.mul_(beta).add_(update)
-            if self.nesterov:
-                update.add_(momentum, alpha=group["momentum"]).mul_(moves)
+        factors = list(zip((on_grad * scale).unbind(), on_value.unbind(), strict=True))
+        squares = norms[1].double().square().unbind()
+        free = [index for index, (group, _) in enumerate(present) if not group["frozen"]]
+        self._squared_grad_norms += [squares[index] for index in free]
+        for lr, together in self._together(present, free):
+            kept = [self._valid(*present[i], self._momentum(present[i][1])) for i in together]
+            momenta = [
+                own.to(values[i].device, non_blocking=True)
+                for i, own in zip(together, kept, strict=True)
+            ]
+            update_(
+                [values[i] for i in together],
+                [grads[i] for i in together],
+                momenta,
+                on_grad=[factors[i][0] for i in together],
+                on_value=[factors[i][1] for i in together],
+                skipped=skipped,
+                lr=lr,
+                momentum=first["momentum"],
+                nesterov=self.nesterov,
+            )
+            for own, moved in zip(kept, momenta, strict=True):
+                if moved is not own:
+                    own.copy_(moved, non_blocking=True)
+        for index in free:
+            if present[index][0]["unit_rows"]:
+                self._normalise_rows(*present[index], skipped)
+
+    def _together(
+        self, present: list[tuple[dict[str, Any], Tensor]], free: list[int]
+    ) -> Iterator[tuple[float, list[int]]]:
+        """Which tensors are updated at once: those of a learning rate.
+
+        From host memory one by one, so that one momentum at a time is on the device.
+        """
+        by_rate: dict[float, list[int]] = {}
+        for index in free:
+            by_rate.setdefault(present[index][0]["lr"], []).append(index)
+        for lr, indices in by_rate.items():
+            if self.momentum_on_host:
+                yield from ((lr, [index]) for index in indices)
             else:
-                torch.mul(momentum, moves, out=update)
-            values[index].sub_(update, alpha=group["lr"])
-            if momentum is not kept:
-                kept.copy_(momentum, non_blocking=True)
-            if group["unit_rows"]:
-                self._normalise_rows(group, parameter, skipped)
+                yield lr, indices
 
     def _rescale(self, norms: Tensor) -> None:
         """Brings gradient norms back to their true size; decides whether the step is skipped."""

@@ -49,6 +49,7 @@ LAYERS = {
     "seer_scale.parallel": 1,
     "seer_scale.models": 1,
     "seer_scale.slices": 1,
+    "seer_scale.sgd_update": 1,
     "seer_scale.tensor_file": 1,
     "seer_scale.disk": 0,
     "seer_scale.objectives": 1,
