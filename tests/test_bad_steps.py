@@ -175,11 +175,15 @@ def resumed_behind(run_dir: Path, checkpoint: Path, position: int) -> None:
     write_manifest(folder, {k: v for k, v in content.items() if k != "format"}, files)
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero3"))]
+)
 def test_a_rewind_is_a_run_resumed_behind_the_spike(
-    distributed: Distributed, images: Path, tmp_path: Path
+    distributed: Distributed, images: Path, tmp_path: Path, strategy: str
 ) -> None:
     run_dir, oracle, killed = tmp_path / "run", tmp_path / "oracle", tmp_path / "killed"
     common = ["checkpoint.every=2", "checkpoint.keep=99", *EVERY[2:], "train.steps=9"]
+    common += STRATEGIES[strategy]
     argv = arguments(images, run_dir, *common, "train.on_spike=rewind")
     assert distributed(disturbed, 2, argv, 30.0, (6,), (0, 1), 4) == ["", ""]
     (rewind,) = lines(run_dir, "rewinds.jsonl")
