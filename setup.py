@@ -10,6 +10,13 @@ for line in (ROOT / "seer_scale" / "__init__.py").read_text().splitlines():
     if line.startswith("__version__"):
         VERSION["version"] = line.split('"')[1]
 
+# Folders beside the package that a wheel carries inside it; seer_scale/shipped.py finds them.
+SHIPPED = {
+    "seer_scale.launch.recipes": "launch/recipes",
+    "seer_scale.launch.studies": "launch/studies",
+    "seer_scale.ds_configs": "ds_configs",
+}
+
 setup(
     name="seer-scale",
     version=VERSION["version"],
@@ -17,8 +24,13 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["seer_scale", "seer_scale.*"]),
-    package_data={"seer_scale": ["py.typed", "scaling/hardware/*.yaml"]},
+    packages=[*find_packages(include=["seer_scale", "seer_scale.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "seer_scale": ["py.typed", "scaling/hardware/*.yaml"],
+        **{package: ["*.yaml", "*.json"] for package in SHIPPED},
+    },
+    entry_points={"console_scripts": ["seer-scale=seer_scale.commands.run:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
