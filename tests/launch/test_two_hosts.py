@@ -52,11 +52,12 @@ def hosts() -> Iterator[None]:
 
 def start(host: int, argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
     """What docs/clusters.md says to type on every node."""
+    # A machine knows by its name whether the endpoint is its own; these two have one name.
     command = [
         *("ip", "netns", "exec", HOSTS[host], sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29500"),
-        *("--rdzv-id", "two-hosts", "--rdzv-conf", "last_call_timeout=15"),
+        *("--rdzv-id", "two-hosts", "--rdzv-conf", f"is_host={1 - host},last_call_timeout=15"),
         *("--local-addr", ADDRESSES[host], "-m", "seer_scale", "pretrain", *argv),
     ]
     with (folder / f"host{host}.log").open("wb") as log:
