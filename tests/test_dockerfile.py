@@ -172,7 +172,7 @@ def test_every_run_line_runs(scratch: Path) -> None:
                 into.mkdir(parents=True, exist_ok=True)
                 for source in sources:
                     name = f"{source}/." if (context / source).is_dir() else source
-                    subprocess.run(["cp", "-r", str(context / name), str(into)], check=True)
+                    subprocess.run(["cp", "-r", f"{context}/{name}", str(into)], check=True)
         elif keyword == "RUN":
             done = stage.run(rest, **arguments)
             assert done.returncode == 0, f"{rest}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
