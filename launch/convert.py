@@ -1,66 +1,11 @@
-"""Converts weights: `launch/convert.py SOURCE --to FORMAT --out PATH`.
+"""`seer-scale convert` in a clone that is not installed."""
 
-One tensor is in memory at a time (onnx excepted), so RG-10B needs no more than 4 GiB.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a clone works without installing the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seer_scale.convert import FORMATS, convert  # noqa: E402
-from seer_scale.errors import UserError, exit_with  # noqa: E402
+from seer_scale.commands.run import run
 
-EXAMPLES = """\
-SOURCE is a run, a checkpoint, an exported trunk, models:/NAME@alias, hf:ORG/NAME, a folder for timm
-or Hugging Face, or a file of weights (.torch, .pth, .pt, .bin, .safetensors) under VISSL's, timm's,
-Hugging Face's, torchvision's or our names.
-
-  python launch/convert.py runs/demo --to timm --out exports/demo_timm
-  python launch/convert.py model_final_checkpoint_phase0.torch --to huggingface --out exports/seer
-  python launch/convert.py exports/seer --to onnx --out exports/seer.onnx
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/convert.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("--trunk", metavar="NAME", help="what it has to be, e.g. regnety_256gf")
-    parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH",
-        help="a folder for timm and huggingface, a file for vissl, torchvision and onnx, either "
-        "for safetensors",
-    )  # fmt: skip
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    """The command line; 0, or 1 with a sentence."""
-    arguments = _parser().parse_args(argv)
-    found = convert(arguments.source, arguments.to, arguments.out, trunk=arguments.trunk)
-    tensors = f"{len(found.kinds)} tensors"
-    if found.head.kinds:
-        tensors += f", and {len(found.head.kinds)} of its heads"
-    print(f"{found.origin} is {found.trunk} under {found.dialect}'s names: {tensors}")
-    for note in found.notes:
-        print(f"  {note}")
-    print(f"wrote {arguments.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        exit_with(error)
+if __name__ == "__main__":  # processes that are spawned import this file too
+    run("convert", sys.argv[1:])

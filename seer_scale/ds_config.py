@@ -13,6 +13,7 @@ from typing import Any
 from seer_scale.config import RunConfig
 from seer_scale.errors import ConfigError
 from seer_scale.schema import did_you_mean, shown
+from seer_scale.shipped import find
 
 # Sections that would take from the recipe what it owns, or that mean nothing here.
 _PRECISION = "it would cast BatchNorm and the float32 state: set train.precision in the recipe"
@@ -119,14 +120,14 @@ OFFLOAD_DEVICES = ("cpu", "nvme", "none")
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file, or in the one of that name that comes with the package.
 
     Raises:
         ConfigError: no such file, not JSON (with line and column), not an object, or a key that
             is given twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
     except UnicodeDecodeError:

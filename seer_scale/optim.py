@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from seer_scale.models.padding import Padding
 from seer_scale.parallel import distributed
 from seer_scale.parallel.precision import LossScale
-from seer_scale.sgd_update import update_
+from seer_scale.sgd_update import update_, wide_norms
 from seer_scale.slices import Slice, extent, local
 
 MOMENTUM = "momentum_buffer"
@@ -291,8 +291,7 @@ class SliceSGD(torch.optim.Optimizer):
     def _whole_norms(self, values: list[Tensor], grads: list[Tensor]) -> Tensor:
         # In float64 a sum does not depend, once rounded, on how it is cut: every strategy takes the
         # same step, not only nearly the same.
-        wide = torch._foreach_norm([*values, *grads], dtype=torch.float64)
-        norms = torch.stack(wide)
+        norms = torch.stack(wide_norms([*values, *grads]))
         if self.shards > 1:
             norms = distributed.all_reduce(norms.square(), group=self.shard_group).sqrt()
         return norms.to(values[0].dtype).view(2, -1)

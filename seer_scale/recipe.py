@@ -17,7 +17,6 @@ from seer_scale.config import RunConfig
 from seer_scale.errors import ConfigError
 from seer_scale.yaml_text import read_yaml, write_yaml
 
-PROGRAM = "launch/pretrain.py"
 OPTIONS = ("--recipe", "--deepspeed_config", "--resume", "--help")
 DERIVED = {"run.dir": "runs/<recipe>", "tracking.registered_name": "seer-<recipe>"}
 
@@ -40,7 +39,7 @@ def parse(argv: Sequence[str], *, recipes: Path) -> Arguments:
     Raises:
         ConfigError: an unknown option, recipe or key, or a value that cannot be.
     """
-    options, rest = _parser(recipes).parse_known_args(argv)
+    options, rest = parser(recipes).parse_known_args(argv)
     overrides = _overrides(rest)
     if options.deepspeed_config is not None:
         _join(overrides, "sharding.deepspeed_config", options.deepspeed_config)
@@ -210,9 +209,9 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _parser(recipes: Path) -> _Parser:
+def parser(recipes: Path) -> argparse.ArgumentParser:
+    """Of the command line whose overrides `parse` reads; `recipes` as there."""
     parser = _Parser(
-        prog=PROGRAM,
         usage="%(prog)s --recipe NAME [--deepspeed_config FILE] "
         "[--resume auto|PATH|mlflow:RUN_ID] [section.key=value ...]",
         description="Pretrain a RegNet without labels, under deepspeed, torchrun or python.",

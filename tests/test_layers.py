@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The longest entry that a module's name starts with counts.
 LAYERS = {
     "launch": 4,
+    "seer_scale.__main__": 4,
+    "seer_scale.commands": 4,
+    "seer_scale.doctor": 3,
     "seer_scale.trainer": 3,
     "seer_scale.build": 3,
     "seer_scale.check": 3,
@@ -65,6 +68,7 @@ LAYERS = {
     "seer_scale.schema": 0,
     "seer_scale.yaml_text": 0,
     "seer_scale.ports": 0,
+    "seer_scale.shipped": 0,
     "seer_scale.preprocessing": 0,
 }
 FACADE = "seer_scale"  # offers `load` of a higher layer, lazily
@@ -76,11 +80,8 @@ TORCH_FREE = [
     "seer_scale.ds_config",
     "seer_scale.schema",
     "seer_scale.yaml_text",
-    "launch.pretrain",  # --help answers at once
-    "launch.sync",
-    "launch.plan",  # so does its --help
-    "launch.evaluate",
-    "launch.shapes",
+    # --help answers at once
+    *sorted(f"seer_scale.commands.{file.stem}" for file in ROOT.glob("seer_scale/commands/*.py")),
 ]
 # What a part of the package may import besides itself and the standard library.
 ONLY = {

@@ -84,7 +84,7 @@ def log_report(
         return None
     task = str(report["task"])
     try:
-        chosen = _server(model, uri)
+        chosen = server_of(model, uri)
         if not answers(chosen):
             raise UserError(f"{redact(chosen)} does not answer")
         os.environ.update(environment(chosen))
@@ -130,7 +130,8 @@ def find_origin(model: str, uri: str) -> Origin:
     return Origin(uri, sent.get("run_id") if known else None, _step(Path(model), run_dir))
 
 
-def _server(model: str, uri: str | None) -> str:
+def server_of(model: str, uri: str | None) -> str:
+    """`uri`, else that of the tracked run that a model comes from, else the default."""
     if uri is None and (run_dir := _run_folder(model)) is not None:
         settings = read_json(run_dir / FOLDER / SETTINGS)
         if "uri" in settings:

@@ -27,9 +27,8 @@ from seer_scale.scaling.hardware import Hardware, load_hardware
 from seer_scale.scaling.memory import GIB, Memory, memory_of
 from seer_scale.scaling.shape import Shape, regions, shape_of
 from seer_scale.scaling.step_time import StepTime, step_time
+from seer_scale.shipped import RECIPES
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "launch" / "recipes"
 # Name -> arguments of launch/pretrain.py.
 STRATEGIES: dict[str, tuple[str, ...]] = {
     **{name: (f"sharding.strategy={name}",) for name in ("ddp", "fsdp", "hsdp")},
@@ -310,8 +309,7 @@ def _zero_of(config: RunConfig, world: int) -> dict[str, Any]:
     path = config.sharding.deepspeed_config
     if path is None:
         return {}
-    file = Path(path) if Path(path).exists() else ROOT / path
-    return resolve_ds_config(load_ds_config(file), path=path, config=config, world_size=world)
+    return resolve_ds_config(load_ds_config(path), path=path, config=config, world_size=world)
 
 
 def _check(

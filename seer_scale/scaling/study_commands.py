@@ -1,9 +1,10 @@
-"""What launch/scaling_study.py does: forecast, run, report, or hand over to SLURM."""
+"""What `seer-scale study` does: forecast, run, report, or hand over to SLURM."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,26 +16,26 @@ from seer_scale.scaling.study import Point, Study, points_of, read_study
 from seer_scale.scaling.study_report import write_report
 from seer_scale.scaling.study_results import row_of
 from seer_scale.scaling.study_run import is_finished, run_point, sole_owner
+from seer_scale.shipped import RECIPES, find
 from seer_scale.tracking.quiet import quieten
 from seer_scale.tracking.uri import resolve_uri
 
 Say = Callable[[str], None]
 
 
-def open_study(path: Path, out: Path | None, repository: Path) -> tuple[Study, Path, list[Point]]:
+def open_study(path: Path, out: Path | None) -> tuple[Study, Path, list[Point]]:
     """Reads a study and resolves all of its points.
 
     Args:
-        path: of the study file.
+        path: of the study file; one of that name that comes with the package, if it is not here.
         out: folder of the study; `runs/studies/<name>` unless given.
-        repository: where launch/ and runs/ are.
 
     Raises:
         ConfigError: whatever is wrong with it.
     """
-    study = read_study(path)
-    root = (out or repository / "runs" / "studies" / study.name).resolve()
-    return study, root, points_of(study, root, repository / "launch" / "recipes")
+    study = read_study(find(path))
+    root = (out or Path("runs", "studies", study.name)).resolve()
+    return study, root, points_of(study, root, RECIPES)
 
 
 def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
@@ -70,7 +71,7 @@ def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
     )
 
 
-def run_all(study: Study, root: Path, points: Sequence[Point], launch: Path, say: Say) -> int:
+def run_all(study: Study, root: Path, points: Sequence[Point], say: Say) -> int:
     """Runs what is left of a study and writes the report; 1 if a point could not be finished."""
     _costs(study, points)  # before anything is paid for
     failed = []
@@ -82,7 +83,7 @@ def run_all(study: Study, root: Path, points: Sequence[Point], launch: Path, say
                 continue
             say(where)
             try:
-                run_point(study, root, point, launch, say)
+                run_point(study, root, point, say)
             except UserError as error:
                 failed.append(point.name)
                 say(f"error: {error}")
@@ -90,9 +91,7 @@ def run_all(study: Study, root: Path, points: Sequence[Point], launch: Path, say
     return int(bool(failed))
 
 
-def run_one(
-    study: Study, root: Path, points: Sequence[Point], number: int, launch: Path, say: Say
-) -> None:
+def run_one(study: Study, root: Path, points: Sequence[Point], number: int, say: Say) -> None:
     """Runs one point, for a job array; the report is written by whoever asks for it.
 
     Raises:
@@ -101,7 +100,7 @@ def run_one(
     """
     if number >= len(points):
         raise ConfigError(f"--point {number}: the study has points 0 to {len(points) - 1}")
-    run_point(study, root, points[number], launch, say)
+    run_point(study, root, points[number], say)
 
 
 def report(study: Study, root: Path, points: Sequence[Point], say: Say) -> Path:
@@ -141,7 +140,7 @@ def slurm_array(study: Study, path: Path, root: Path, points: Sequence[Point]) -
     left = [number for number, point in enumerate(points) if not is_finished(study, root, point)]
     if not left:
         raise UserError(f"every point of the study in {root} is finished: --report writes the page")
-    command = ["python", "launch/scaling_study.py", "--study", str(path.resolve())]
+    command = [sys.executable, "-m", "seer_scale", "study", "--study", str(find(path).resolve())]
     command += ["--out", str(root)]
     return (
         "#!/bin/bash\n"

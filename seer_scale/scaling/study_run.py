@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import seer_scale
 from seer_scale.checkpoint import list_checkpoints
 from seer_scale.errors import UserError
 from seer_scale.ports import free_port
@@ -46,16 +47,13 @@ def is_finished(study: Study, root: Path, point: Point) -> bool:
     return is_trained(point) and not missing_evaluations(study, root, point)
 
 
-def run_point(
-    study: Study, root: Path, point: Point, launch: Path, say: Callable[[str], None]
-) -> None:
+def run_point(study: Study, root: Path, point: Point, say: Callable[[str], None]) -> None:
     """Trains and evaluates a point, as far as that has not been done.
 
     Args:
         study: the point is of.
         root: folder of the study.
         point: to be run.
-        launch: folder of the launchers.
         say: tells the user something.
 
     Raises:
@@ -63,19 +61,19 @@ def run_point(
     """
     log = root / "logs" / f"{point.name}.log"
     if not is_trained(point):
-        command = [*_launcher(study), str(launch / "pretrain.py"), *point.arguments]
-        _persist([*command, "--resume", "auto"], log, study.retries, launch, point, say)
+        command = [*_launcher(study), "pretrain", *point.arguments]
+        _persist([*command, "--resume", "auto"], log, study.retries, point, say)
     for task in missing_evaluations(study, root, point):
         assert study.evaluate is not None
         out = evaluation_file(root, point, task)
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [
-            *(sys.executable, str(launch / "evaluate.py"), task),
+            *(sys.executable, "-m", "seer_scale", "evaluate", task),
             *("--model", point.config.run.dir, "--data", study.evaluate.data),
             *("--json", str(out), "--out", str(out.parent / task)),
             *(f"{key}={value}" for key, value in study.evaluate.tasks[task].items()),
         ]
-        _persist(command, log, study.retries, launch, point, say)
+        _persist(command, log, study.retries, point, say)
 
 
 @contextmanager
@@ -107,22 +105,25 @@ def _launcher(study: Study) -> list[str]:
     if study.deepspeed_config:
         deepspeed = Path(sys.executable).with_name("deepspeed")
         port = ["--master_port", str(free_port())]
-        return [str(deepspeed), "--quiet", "--num_gpus", str(study.processes), *port]
+        ranks = ["--num_gpus", str(study.processes), "--no_local_rank", *port]
+        return [str(deepspeed), "--quiet", *ranks, "--module", "seer_scale"]
     if study.processes == 1:
-        return [sys.executable]
+        return [sys.executable, "-m", "seer_scale"]
     ranks = ["--standalone", "--nproc-per-node", str(study.processes)]
-    return [sys.executable, "-m", "torch.distributed.run", *ranks]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "seer_scale"]
 
 
 def _persist(
     command: Sequence[str],
     log: Path,
     retries: int,
-    launch: Path,
     point: Point,
     say: Callable[[str], None],
 ) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
+    # A clone need not be installed.
+    paths = [str(Path(seer_scale.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     for attempt in range(retries + 1):
         with log.open("ab") as file:
             file.write(f"$ {' '.join(command)}\n".encode())
@@ -130,7 +131,7 @@ def _persist(
             # The study's lock goes along.
             done = subprocess.run(
                 command,
-                cwd=launch.parent,
+                env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 close_fds=False,

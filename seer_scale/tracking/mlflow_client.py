@@ -121,7 +121,7 @@ class MlflowRun:
 
     def log_model(
         self, folder: Path, *, step: int, tags: Mapping[str, str], aliases: Sequence[str]
-    ) -> None:
+    ) -> str:
         """Logs an exported trunk, registers it as a version, tags it and points aliases at it.
 
         The same weights at the same step of a run are one version, however often they are sent.
@@ -141,6 +141,7 @@ class MlflowRun:
             # MLflow reserves `latest` and resolves it to the newest version by itself.
             if alias.lower() != "latest":
                 self._client.set_registered_model_alias(self._registered_name, alias, version)
+        return version
 
     def finish(self, status: str, time: int) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
@@ -421,6 +422,57 @@ def log_evaluation(
     if own:
         run.finish("FINISHED", now)
     return str(run.run_id)
+
+
+def register_trunk(
+    uri: str,
+    folder: Path,
+    *,
+    name: str,
+    aliases: Sequence[str],
+    run_id: str | None,
+    step: int,
+    experiment: str,
+    scratch: Path,
+) -> str:
+    """Registers an exported trunk under its run, whose status stays, or under one of its own.
+
+    Args:
+        uri: of the server, with credentials.
+        folder: from `serving.export_trunk`.
+        name: of the registered model; also of a run of its own.
+        aliases: that shall point at the version.
+        run_id: of the run that the trunk comes from, if there is one.
+        step: of the trunk in that run.
+        experiment: of a run of its own.
+        scratch: a folder with room for a copy of the weights.
+
+    Returns:
+        The version.
+
+    Raises:
+        UserError: the server refuses, or does not answer.
+    """
+    run = MlflowRun(
+        uri,
+        experiment=experiment,
+        registered_name=name,
+        spool_id=f"registered {name}",
+        run_id=run_id,
+        scratch=scratch,
+    )
+    now = time.time_ns() // 1_000_000
+    try:
+        if run_id is None:
+            run.open(name, now)
+        version = run.log_model(folder, step=step, tags={}, aliases=aliases)
+        if run_id is None:
+            run.finish("FINISHED", now)
+    except MlflowException as error:
+        raise UserError(
+            f"{name} cannot be registered at {redact(uri)}: {one_line(error)}"
+        ) from None
+    return version
 
 
 class RegisteredVersion(NamedTuple):

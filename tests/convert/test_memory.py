@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB, GIB = 2**20, 2**30
 MEASURE = """
 import resource, sys
-from launch.convert import main
+from seer_scale.commands.convert import main
 main(sys.argv[1:])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -35,7 +35,7 @@ def context(data: Path | str, folder: Path, **more: Any) -> Context:
 
 def run_task(task: str, data: str, folder: str, options: dict[str, Any]) -> Result:
     """One task on every rank of a pool."""
-    from launch.evaluate import load_task
+    from seer_scale.commands.evaluate import load_task
 
     loaded = load_task(task)
     return loaded.run(context(data, Path(folder)), loaded.options(**options))

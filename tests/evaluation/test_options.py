@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.evaluate import TASKS, load_task
+from seer_scale.commands.evaluate import TASKS, load_task
 from seer_scale.errors import ConfigError
 from seer_scale.evaluation import finetune, knn, lowshot
 from seer_scale.evaluation.options import build_options, describe_options, parse_overrides

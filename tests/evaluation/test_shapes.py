@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from launch.shapes import main
+from seer_scale.commands.shapes import main
 from seer_scale.errors import DataError
 from seer_scale.evaluation.labelled import open_labelled
 from seer_scale.evaluation.shapes import SHAPES, _placed, render, write_shapes

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.checkpoint import main
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.checkpoint.manifest import write_manifest
+from seer_scale.commands.checkpoint import main
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.tensor_file import Kind, TensorFile, write_tensors
 from tests.checkpoint.test_checkpoint import momentum_of, trained, write
@@ -125,7 +125,7 @@ LARGEST = 1 << 28  # elements of a tensor: 1 GiB
 MEMORY_GIB = 4.0
 WATCHED = """
 import resource, sys
-from launch.checkpoint import main
+from seer_scale.commands.checkpoint import main
 status = main(sys.argv[1:])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 sys.exit(status)

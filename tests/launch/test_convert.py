@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import seer_scale
-from launch.convert import main
+from seer_scale.commands.convert import main
 from seer_scale.serving import export_trunk
 from tests.convert.weights import assert_same_bits, random_trunk, write_source
 

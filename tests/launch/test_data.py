@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.data import main
+from seer_scale.commands.data import main
 from seer_scale.data import bench
 from seer_scale.data.augment import CropParameters
 from seer_scale.data.contact_sheet import describe, spread

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.evaluate import main, open_model
+from seer_scale.commands.evaluate import main, open_model
 from seer_scale.errors import ConfigError
 from seer_scale.evaluation.shapes import write_shapes
 from seer_scale.models import build_trunk

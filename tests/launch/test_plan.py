@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch import plan as command
 from seer_scale.check import check_sharding
+from seer_scale.commands import plan as command
 from seer_scale.ds_config import load_ds_config, resolve_ds_config
 from seer_scale.errors import ConfigError
 from seer_scale.recipe import parse
@@ -24,7 +24,7 @@ WHERE = ("--hardware", "a100_40gb", "--nodes", "1", "--gpus-per-node", "8")
 
 def keep(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     file = tmp_path / "plan.json"
-    assert command.run(["--json", str(file), *arguments]) == 0
+    assert command.main(["--json", str(file), *arguments]) == 0
     return dict(json.loads(file.read_text()))
 
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(
 )
 def test_bad_input_gets_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        command.run(arguments)
+        command.main(arguments)
     assert str(caught.value).startswith(sentence) or sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 

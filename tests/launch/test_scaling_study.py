@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.scaling_study import main
+from seer_scale.commands.study import main
 from seer_scale.data import write_tiles
 from seer_scale.errors import ConfigError, UserError
 

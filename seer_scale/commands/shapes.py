@@ -1,0 +1,39 @@
+"""Renders the labelled set of shapes: `seer-scale shapes OUT --train 1200 --val 600`.
+
+Twelve classes in `OUT/train` and `OUT/val`, which `seer-scale evaluate` takes as `--data OUT` and
+`seer-scale pretrain` as `data.path=OUT/train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from seer_scale.argument_types import at_least
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of this command's line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    parser.add_argument("--train", type=at_least(1), default=1200, help="images (1200)")
+    parser.add_argument("--val", type=at_least(1), default=600, help="images (600)")
+    parser.add_argument("--size", type=at_least(16), default=96, help="side in pixels (96)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command line; 0, or 1 with a sentence."""
+    arguments = parser().parse_args(argv)
+
+    from seer_scale.evaluation.shapes import write_shapes
+
+    write_shapes(
+        arguments.out,
+        train=arguments.train,
+        val=arguments.val,
+        size=arguments.size,
+        seed=arguments.seed,
+    )
+    print(f"{arguments.train} training and {arguments.val} validation images: {arguments.out}")
+    return 0
