@@ -74,6 +74,12 @@ gpu-10b: $(READY)  ## three steps of RG-10B on one GPU of 130 GiB, or of 80 GB (
 gpu-check: $(READY)  ## the parity matrix on this machine's GPUs
 	$(BIN)/python benchmarks/gpu_check.py
 
+bench: $(READY)  ## a step and its parts beside what people would otherwise use: docs/performance.md
+	$(BIN)/python benchmarks/bench.py --write
+
+bench-gpu: $(READY)  ## seer_256gf on one GPU, choice by choice, in eight minutes
+	$(BIN)/python benchmarks/bench_gpu.py --write
+
 bench-memory: $(READY)  ## bytes per rank and activations of every strategy: the tables and the plot
 	$(BIN)/python benchmarks/memory.py
 

@@ -112,9 +112,11 @@ def configuration(*more: str) -> RunConfig:
 
 
 def build_engine(
-    config: RunConfig, plan: RecomputePlan | None = None
+    config: RunConfig, plan: RecomputePlan | None = None, device: torch.device | None = None
 ) -> tuple[Engine, dict[str, Any]]:
-    """What a training builds on this rank, on the CPU; and zero_optimization, if there is one."""
+    """What a training builds on this rank, on the CPU unless told otherwise; and
+    zero_optimization, if there is one.
+    """
     path, ds_config = config.sharding.deepspeed_config, None
     if path is not None:
         ds_config = resolve_ds_config(
@@ -124,7 +126,7 @@ def build_engine(
             world_size=distributed.world_size(),
         )
     source = partial(seeded_values, seed=config.run.seed)
-    engine = shard(partial(build.model_of, config), source, config, ds_config, CPU, plan)
+    engine = shard(partial(build.model_of, config), source, config, ds_config, device or CPU, plan)
     apply_schedule(engine.param_groups, lr=0.01)
     return engine, (ds_config or {}).get("zero_optimization", {})
 

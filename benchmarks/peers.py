@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.regnet import BlockParams, RegNet
 
-from seer_scale.models import MultiCropModel
+from seer_scale.models import TRUNKS, MultiCropModel
 
 TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
 LR, MOMENTUM, WEIGHT_DECAY, TRUST = 0.01, 0.9, 1e-5, 1e-3
@@ -23,11 +23,20 @@ Step = Callable[[Sequence[Tensor]], Tensor]
 
 
 def torchvision_trunk(model: MultiCropModel, name: str) -> nn.Module:
-    """torchvision's network of this size with the model's weights, pooled features as output."""
-    trunk: nn.Module = getattr(torchvision.models, name.replace("regnety", "regnet_y"))()
+    """torchvision's RegNet of these sizes, the model's weights in it; pooled features as output."""
+    stages = TRUNKS[name].stages
+    sizes = BlockParams(
+        depths=[stage.depth for stage in stages],
+        widths=[stage.width for stage in stages],
+        group_widths=[stage.group_width for stage in stages],
+        bottleneck_multipliers=[1.0] * len(stages),
+        strides=[2] * len(stages),
+        se_ratio=TRUNKS[name].se_ratio,
+    )
+    trunk = RegNet(sizes, stem_width=TRUNKS[name].stem_width)
     trunk.fc = nn.Identity()
     trunk.load_state_dict(model.trunk.state_dict())
-    return trunk
+    return trunk  # type: ignore[no-any-return]
 
 
 class PlainModel(nn.Module):

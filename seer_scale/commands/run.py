@@ -5,6 +5,7 @@ Nothing is imported but the command that is asked for, so `--help` and `--versio
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -50,6 +51,9 @@ def run(command: str, argv: list[str]) -> NoReturn:
         sys.exit(module.main(argv))
     except UserError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def main() -> NoReturn:
