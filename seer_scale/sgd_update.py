@@ -39,32 +39,49 @@ def update_(
         momentum: share of the momentum that is kept.
         nesterov: Nesterov's momentum.
     """
-    found_inf = skipped.float()
-    triples = [(values, grads, momenta, on_grad, on_value)]
-    if values[0].device.type == "cpu":
-        triples = [
-            ([p], [g], [m], [a], [b])
-            for value, grad, kept, a, b in zip(
-                values, grads, momenta, on_grad, on_value, strict=True
-            )
-            for p, g, m in zip(_chunks(value), _chunks(grad), _chunks(kept), strict=True)
-        ]
-    for p, g, m, a, b in triples:
-        torch._foreach_mul_(g, a)
-        torch._foreach_addcmul_(g, p, b)
-        torch._fused_sgd_(
-            p,
-            g,
-            m,
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=0.0,
-            dampening=0.0,
-            maximize=False,
-            is_first_step=False,
-            found_inf=found_inf,
-        )
+    if values[0].device.type != "cpu":
+        fused_update_(values, grads, momenta, on_grad, on_value, skipped, lr, momentum, nesterov)
+        return
+    kept = values[0].new_full((), momentum).masked_fill_(skipped, 1)
+    step = values[0].new_full((), -lr).masked_fill_(skipped, 0)
+    for value, grad, velocity, a, b in zip(values, grads, momenta, on_grad, on_value, strict=True):
+        for p, g, m in zip(_chunks(value), _chunks(grad), _chunks(velocity), strict=True):
+            g.mul_(a).addcmul_(p, b).masked_fill_(skipped, 0)
+            m.mul_(kept).add_(g)
+            p.addcmul_(g.add_(m, alpha=momentum) if nesterov else m, step)
+
+
+def fused_update_(
+    values: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    on_grad: list[Tensor],
+    on_value: list[Tensor],
+    skipped: Tensor,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """The same in three operations on all tensors, for a GPU.
+
+    On a CPU torch's fused step rounds an element by where it stands in the tensor, so that shards
+    would differ from the whole in the last bit.
+    """
+    torch._foreach_mul_(grads, on_grad)
+    torch._foreach_addcmul_(grads, values, on_value)
+    torch._fused_sgd_(
+        values,
+        grads,
+        momenta,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=0.0,
+        dampening=0.0,
+        maximize=False,
+        is_first_step=False,
+        found_inf=skipped.float(),
+    )
 
 
 def wide_norms(tensors: list[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seer_scale.optim import MOMENTUM, SliceSGD, apply_schedule, parameter_groups
 from seer_scale.parallel import distributed as ranks
+from seer_scale.sgd_update import fused_update_, update_, wide_norms
 
 Distributed = Callable[..., list[Any]]
 Result = dict[str, tuple[Tensor, Tensor]]  # values and momentum by name
@@ -183,7 +184,7 @@ def test_without_larc_it_is_torch_sgd(decay: float, nesterov: bool, exact: bool)
         momentum=BETA,
         nesterov=nesterov,
         weight_decay=decay,
-        fused=True,
+        foreach=False,
     )
     for _ in range(5):
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -425,3 +426,36 @@ def test_rows_stay_unit_wherever_slices_cut_them(
     assert_same(result, oracle(TRUST, shapes=shapes)[0])
     rows = result["prototypes.weight"][0].view(shape).norm(dim=1)
     torch.testing.assert_close(rows, torch.ones(shape[0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_what_a_gpu_runs_is_the_same_update(nesterov: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (5, 70_000, 1)
+    drawn = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(3)]
+    factors = [list(torch.rand(len(sizes), generator=generator).unbind()) for _ in range(2)]
+    found = []
+    for function in (update_, fused_update_):
+        for skipped in (False, True):
+            values, grads, momenta = [[tensor.clone() for tensor in kind] for kind in drawn]
+            if skipped:
+                grads[1][3] = math.nan
+            given = {"on_grad": factors[0], "on_value": factors[1], "lr": 0.1, "momentum": 0.9}
+            verdict = torch.tensor(skipped)
+            function(values, grads, momenta, skipped=verdict, nesterov=nesterov, **given)
+            found.append([*values, *momenta])
+    moved, left, fused, fused_left = found
+    torch.testing.assert_close(fused, moved, rtol=1e-5, atol=1e-6)
+    for unmoved in (left, fused_left):
+        torch.testing.assert_close(unmoved, [*drawn[0], *drawn[2]], rtol=0, atol=0)
+    assert not torch.equal(moved[1], left[1])
+
+
+def test_wide_norms_are_those_of_float64() -> None:
+    tensors = [
+        torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (1, 999, 300_001)
+    ]
+    tensors.append(1e3 + torch.randn(1 << 20))
+    for norm, tensor in zip(wide_norms(tensors), tensors, strict=True):
+        assert norm.dtype == torch.float64
+        assert float(norm) == pytest.approx(float(tensor.double().norm()), rel=1e-8)
