@@ -158,6 +158,7 @@ def test_optimizer(name: str) -> None:
     optim = recipe(name).optim
     assert optim.larc
     assert (optim.trust_coefficient, optim.momentum, optim.base_lr) == (1e-3, 0.9, 0.3)
+    assert not optim.nesterov
     assert optim.weight_decay == (1e-5 if name in SEER else 1e-6)
     assert optim.end_lr_ratio == 1e-3
     assert optim.freeze_prototypes_steps == 313

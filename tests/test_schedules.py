@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from seer_scale.schedules import learning_rate, prototypes_frozen, scaled_lr
+from seer_scale.schedules import learning_rate, prototypes_frozen, scaled_lr, warmup_start
 
 RG_10B = {"total_steps": 126_008, "warmup_steps": 5_500, "start": 0.15, "peak": 9.3, "end": 0.0093}
 RG_256GF = {"total_steps": 122_070, "warmup_steps": 8_000, "start": 0.15, "peak": 9.6}
@@ -46,6 +46,12 @@ def test_cosine_runs_on_global_progress(run, after_warmup):
     assert rate(warmup) == pytest.approx(after_warmup, abs=5e-5)
     assert rate(warmup - 1) > rate(warmup), "the warm-up ends above the cosine, as in SEER"
     assert rate(run["total_steps"]) == pytest.approx(run["peak"] / 1000)
+
+
+def test_warmup_starts_from_the_batch_of_one_node():
+    assert warmup_start(9.3, nodes=62, floor=0.0093) == pytest.approx(scaled_lr(0.3, 16 * 8))
+    assert warmup_start(9.6, nodes=64, floor=0.0096) == pytest.approx(0.15)
+    assert warmup_start(4.8, nodes=1, floor=0.0048) == 0.0048, "on one node a warm-up all the same"
 
 
 def test_cosine_equals_the_composed_schedulers_at_every_step():

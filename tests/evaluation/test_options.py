@@ -88,4 +88,23 @@ def test_presets_hold_the_published_numbers() -> None:
         "places205_linear": (14, [4, 8, 12]),
         "inat18_linear": (84, [24, 48, 72]),
     }
-    assert PRESETS["imagenet_1pct"].options["finetune"]["epochs"] == 70
+    for name in linear:
+        options = PRESETS[name].options
+        assert (options["base_lr"], options["batch"]) == ([0.01], 256)
+        assert options["weight_decay"] == 5e-4
+    for name, fraction in (("imagenet_1pct", 0.01), ("imagenet_10pct", 0.1)):
+        options = PRESETS[name].options
+        inner = options["finetune"]
+        assert options["fractions"] == [fraction]
+        assert (inner["epochs"], inner["base_lr"], inner["lr_steps"]) == (70, 0.05, [30])
+    base, paper = (PRESETS[f"imagenet_finetune{size}"].options for size in ("", "_384"))
+    assert (base["epochs"], base["base_lr"], base["weight_decay"]) == (105, 0.1, 0)
+    assert (paper["epochs"], paper["base_lr"], paper["weight_decay"]) == (35, 0.0125, 1e-4)
+    assert (paper["batch"], paper["size"], paper["test_resize"]) == (256, 384, 384)
+    assert PRESETS["inat18_finetune"].options["lr_steps"] == [7, 14, 21]
+    svm = PRESETS["voc07_svm"].options
+    assert svm["costs"] == [0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000]
+    assert (svm["folds"], svm["max_iter"]) == (3, 2000)
+    coco = PRESETS["coco_maskrcnn"].options
+    assert (coco["iterations"], coco["lr_steps"]) == (90_000, [60_000, 80_000])
+    assert (coco["lr"], coco["warmup"], coco["batch"]) == (0.02, 100, 16)
