@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import peers, record
-from benchmarks.memory import build_engine, configuration
+from benchmarks.memory import RECIPE, build_engine
 from seer_scale import build
 from seer_scale.config import RunConfig
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import build_objective
 from seer_scale.optim import apply_schedule
 from seer_scale.ports import free_port
+from seer_scale.recipe import parse
 
 COMMAND = "make bench-gpu"
 DOCUMENT = record.ROOT / "docs" / "performance.md"
@@ -49,6 +50,8 @@ def arguments(trunk: str, batch: int, choice: dict[str, Any], plain: bool = Fals
     """Of a run of the recipe's model at 2x160+4x96 in bf16."""
     heads = "[8192,8192,256]" if trunk.endswith("gf") else "[32,16]"
     return [
+        *("--recipe", RECIPE, "run.dir=unused", "data.path=unused", "tracking.enabled=false"),
+        *("sharding.sync_bn_group_size=0",),
         *(f"model.trunk={trunk}", f"model.head_dims={heads}", "model.head_batch_norm=false"),
         *("model.prototypes=16000" if trunk.endswith("gf") else "model.prototypes=64",),
         *("train.precision=bf16", f"train.micro_batch_size={batch}", "sharding.strategy=ddp"),
@@ -120,7 +123,8 @@ def row(
     name: str, trunk: str, batch: int, choice: dict[str, Any] | None, device: torch.device
 ) -> Row:
     """One way to train, or why it could not be."""
-    config = configuration(*arguments(trunk, batch, choice or {}, plain=choice is None))
+    argv = arguments(trunk, batch, choice or {}, plain=choice is None)
+    config = parse(argv, recipes=record.ROOT / "launch" / "recipes").config
     images = [
         torch.randn(count * batch, 3, size, size, device=device)
         for count, size in ((2, 160), (4, 96))

@@ -19,7 +19,7 @@ MOMENTS = {
     "seer_scale/tracking/spool.py": 1,
     "seer_scale/tracking/delivery.py": 2,
     "seer_scale/tracking/sender.py": 1,
-    "seer_scale/tracking/mlflow_client.py": 1,
+    "seer_scale/tracking/mlflow_client.py": 2,
 }
 
 

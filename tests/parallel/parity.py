@@ -222,7 +222,12 @@ def build_engine(
 ) -> Engine:
     nvme = dist.broadcast_object(tempfile.mkdtemp(prefix="nvme"))
     zero = ds_config(case, config, nvme)
-    return shard(lambda where: build(where).to(dtype), SOURCE, config, zero, device)
+
+    def of_type(where: torch.device) -> MultiCropModel:
+        model = build(where)  # whose fake twin, of a budget, cannot be cast
+        return model if dtype == torch.float32 else model.to(dtype)
+
+    return shard(of_type, SOURCE, config, zero, device)
 
 
 def my_crops(step: int, device: torch.device, part: int = 0, parts: int = 1) -> list[Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from seer_scale.commands import sync
 from seer_scale.errors import UserError
 from seer_scale.loading import load
 from seer_scale.models import build_trunk
@@ -479,8 +479,7 @@ def test_a_server_killed_in_mid_run_gets_everything_later(
     until(lambda: holder(tracker.folder) is None)
     server.start()
     until(server.healthy)
-    monkeypatch.setattr(sys, "argv", ["sync.py", str(run_dir)])
-    assert runpy.run_path(str(ROOT / "launch" / "sync.py"))["main"]() == 0
+    assert sync.main([str(run_dir)]) == 0
     assert capsys.readouterr().out == f"{run_dir}: 301 events sent, 0 left, run {run_id}\n"
     assert run_id is not None
     expected = [(step, 1 / (step + 1)) for step in range(400)]
