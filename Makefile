@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
-	bench bench-gpu bench-memory bench-loader elastic kill stall soak study
+	bench bench-gpu bench-memory bench-loader docs elastic kill stall soak study
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -45,6 +45,10 @@ format: $(READY)  ## rewrite the code in the house format
 lock: $(READY)  ## resolve setup.py and requirements.in into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--no-emit-index-url --extra demo --extra dev --extra evaluation --extra onnx setup.py requirements.in -o requirements.lock
+
+docs: $(READY)  ## the documentation as a site, into site/
+	$(BIN)/python docs/generate_config.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 study: $(READY)  ## a scaling study of four sizes on the demo's photographs, with its report
 	$(BIN)/python -c 'from pathlib import Path; from seer_scale.data import write_tiles; write_tiles(Path("data/demo"))'

