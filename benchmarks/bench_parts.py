@@ -16,12 +16,20 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import record
-from benchmarks.memory import STRATEGIES, build_engine, configuration, forward_and_backward, fresh
+from benchmarks.memory import (
+    RECIPE,
+    STRATEGIES,
+    build_engine,
+    configuration,
+    forward_and_backward,
+    fresh,
+)
 from benchmarks.train_step import arguments
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import SwAV
 from seer_scale.optim import SliceSGD, parameter_groups
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
+from seer_scale.recipe import parse
 from seer_scale.scaling import plan
 
 Row = dict[str, Any]
@@ -223,14 +231,12 @@ def overhead(repeats: int) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", 64)
-        config = configuration(
-            *arguments("regnety_400mf", 8),
-            f"data.path={folder}/images",
-            f"run.dir={folder}/run",
-            "tracking.enabled=true",
-            f"tracking.uri=sqlite:///{folder}/mlflow.db",
-            "train.steps=100000",
-        )
+        argv = [
+            *("--recipe", RECIPE, *arguments("regnety_400mf", 8)),
+            *(f"data.path={folder}/images", f"run.dir={folder}/run", "train.precision=fp32"),
+            *("sharding.sync_bn_group_size=0", f"tracking.uri=sqlite:///{folder}/mlflow.db"),
+        ]
+        config = parse(argv, recipes=record.ROOT / "launch" / "recipes").config
         source = open_source(config.data.path)
         trainer = Trainer(
             config, ds_config=None, source=source, resume=None, device=torch.device("cpu")
