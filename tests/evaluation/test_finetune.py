@@ -60,7 +60,8 @@ def job(folder: str, data: str, options: dict[str, Any]) -> Result:
 def test_it_beats_the_floor_and_what_it_wrote_gives_the_same_answers(
     data: Path, tmp_path: Path
 ) -> None:
-    options = {**SMALL, "epochs": 10, "base_lr": 0.4, "schedule": "cosine", "warmup_epochs": 1}
+    # Of five seeds the worst reached 0.86; with 10 epochs at 0.4 rounding decided about the floor.
+    options = {**SMALL, "epochs": 20, "base_lr": 0.2, "schedule": "cosine", "warmup_epochs": 1}
     result = job(str(tmp_path), str(data), options)
     assert result.metrics["top1"] >= FLOOR
     assert result.metrics["top1"] <= result.metrics["top5"] == 1.0  # of four classes
