@@ -23,12 +23,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import peers, record
-from benchmarks.memory import RECIPE, build_engine
+from benchmarks.memory import RECIPE
+from benchmarks.train_step import our_step
 from seer_scale import build
 from seer_scale.config import RunConfig
 from seer_scale.models import build_model, initialise
-from seer_scale.objectives import build_objective
-from seer_scale.optim import apply_schedule
 from seer_scale.ports import free_port
 from seer_scale.recipe import parse
 
@@ -48,12 +47,11 @@ CHOICES = [
 
 def arguments(trunk: str, batch: int, choice: dict[str, Any], plain: bool = False) -> list[str]:
     """Of a run of the recipe's model at 2x160+4x96 in bf16."""
-    heads = "[8192,8192,256]" if trunk.endswith("gf") else "[32,16]"
+    heads, prototypes = ("[8192,8192,256]", 16_000) if trunk.endswith("gf") else ("[32,16]", 64)
     return [
         *("--recipe", RECIPE, "run.dir=unused", "data.path=unused", "tracking.enabled=false"),
-        *("sharding.sync_bn_group_size=0",),
+        *("sharding.sync_bn_group_size=0", f"model.prototypes={prototypes}"),
         *(f"model.trunk={trunk}", f"model.head_dims={heads}", "model.head_batch_norm=false"),
-        *("model.prototypes=16000" if trunk.endswith("gf") else "model.prototypes=64",),
         *("train.precision=bf16", f"train.micro_batch_size={batch}", "sharding.strategy=ddp"),
         *("data.crop_sizes=[160,96]", "data.crop_counts=[2,4]", "optim.larc=true"),
         *(
@@ -67,23 +65,6 @@ def arguments(trunk: str, batch: int, choice: dict[str, Any], plain: bool = Fals
             ]
         ),
     ]
-
-
-def our_step(config: RunConfig, device: torch.device) -> peers.Step:
-    """What the trainer does between two batches."""
-    engine, _ = build_engine(config, device=device)
-    apply_schedule(engine.param_groups, lr=peers.LR)
-    objective = build_objective(config.objective.name, crops=6, options=config.objective.options)
-    memory_format = build.memory_format_of(config.train.memory_format, device)
-
-    def step(images: Any) -> torch.Tensor:
-        crops = [crop.contiguous(memory_format=memory_format) for crop in images]
-        loss, _ = objective(*engine(crops, None))
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
-
-    return step
 
 
 def plain_step(config: RunConfig, device: torch.device) -> peers.Step:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from benchmarks.memory import (
     forward_and_backward,
     fresh,
 )
-from benchmarks.train_step import arguments
+from benchmarks.train_step import arguments, in_turns
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import SwAV
 from seer_scale.optim import SliceSGD, parameter_groups
@@ -39,19 +37,6 @@ LARC_TRUNK = "regnety_16gf"
 # Of a parameter, in floats: value and gradient for the norms; those and momentum again for the
 # update, which writes value and momentum.
 LARC_TRAFFIC = 4 * (2 + 3 + 2)
-
-
-def in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each of several functions that take turns, after one call of each."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(repeats):
-        for index, function in enumerate(functions):
-            began = time.perf_counter()
-            function()
-            seconds[index].append(time.perf_counter() - began)
-    return [statistics.median(found) for found in seconds]
 
 
 def loss(repeats: int) -> list[Row]:

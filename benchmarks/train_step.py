@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.memory import build_engine, configuration
 from seer_scale import build
+from seer_scale.config import RunConfig
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import build_objective
 from seer_scale.optim import apply_schedule
@@ -43,16 +45,15 @@ class Contender:
     loss: float
 
 
-def our_step(trunk: str, batch: int, *more: str) -> peers.Step:
+def our_step(config: RunConfig, device: torch.device | None = None) -> peers.Step:
     """What the trainer does between two batches, from float crops in torch's usual format."""
-    config = configuration(*arguments(trunk, batch), *more)
-    engine, _ = build_engine(config)
+    engine, _ = build_engine(config, device=device)
     apply_schedule(engine.param_groups, lr=peers.LR)
     objective = build_objective(
         config.objective.name, crops=sum(config.data.crop_counts), options=config.objective.options
     )
-    device = next(engine.model.parameters()).device
-    memory_format = build.memory_format_of(config.train.memory_format, device)
+    where = next(engine.model.parameters()).device
+    memory_format = build.memory_format_of(config.train.memory_format, where)
 
     def step(images: Sequence[Tensor]) -> Tensor:
         crops = [crop.contiguous(memory_format=memory_format) for crop in images]
@@ -63,6 +64,19 @@ def our_step(trunk: str, batch: int, *more: str) -> peers.Step:
         return loss.detach()
 
     return step
+
+
+def in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each of several functions that take turns, after one call of each."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for index, function in enumerate(functions):
+            began = time.perf_counter()
+            function()
+            seconds[index].append(time.perf_counter() - began)
+    return [statistics.median(found) for found in seconds]
 
 
 def arguments(trunk: str, batch: int) -> tuple[str, ...]:
@@ -81,9 +95,12 @@ def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
     images = [torch.randn(2 * batch, 3, 160, 160), torch.randn(4 * batch, 3, 96, 96)]
     model = build_model(trunk, head_dims=[512, 128], head_batch_norm=False, prototypes=3000)
     initialise(model, 0)  # of seed 0, which is the recipe's
+    options = arguments(trunk, batch)
     makers: dict[str, Callable[[], peers.Step]] = {
-        OURS: lambda: our_step(trunk, batch),
-        CHECKPOINTED: lambda: our_step(trunk, batch, "sharding.activation_checkpointing=full"),
+        OURS: lambda: our_step(configuration(*options)),
+        CHECKPOINTED: lambda: our_step(
+            configuration(*options, "sharding.activation_checkpointing=full")
+        ),
         PLAIN: lambda: peers.plain_step(model, trunk, crops=6),
         LIGHTLY: lambda: peers.lightly_step(model, trunk, crops=6),
     }
@@ -100,15 +117,10 @@ def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
         name: activation_bytes(step, formatted if name in (OURS, CHECKPOINTED) else images)
         for name, step in steps.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step(images)
-            seconds[name].append(time.perf_counter() - began)
+    seconds = in_turns([partial(step, images) for step in steps.values()], repeats)
     return [
-        Contender(name, statistics.median(seconds[name]) / batch, memory[name], losses[name])
-        for name in steps
+        Contender(name, found / batch, memory[name], losses[name])
+        for name, found in zip(steps, seconds, strict=True)
     ]
 
 

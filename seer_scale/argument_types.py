@@ -17,6 +17,16 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+def command_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+    """Of a command: its text and its examples as they are written, no option shortened."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """An integer of `least` or more, as `type=` of an argument."""
 

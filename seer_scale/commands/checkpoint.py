@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seer_scale.argument_types import at_least
+from seer_scale.argument_types import at_least, command_parser
 from seer_scale.errors import UserError
 
 GIB = 2**30
@@ -130,12 +130,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
         ("inspect", "print what it holds"),

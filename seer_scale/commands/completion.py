@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
+from seer_scale.argument_types import command_parser
+
 EXAMPLES = """\
   source <(seer-scale completion bash)                        # in ~/.bashrc
   seer-scale completion zsh > "${fpath[1]}/_seer-scale"       # then start zsh anew
@@ -14,12 +16,7 @@ EXAMPLES = """\
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from seer_scale.argument_types import command_parser
+
 # Of seer_scale.convert, which takes torch to import.
 FORMATS = ("safetensors", "vissl", "timm", "huggingface", "torchvision", "onnx")
 
@@ -24,12 +26,7 @@ Hugging Face's, torchvision's or our names.
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--trunk", metavar="NAME", help="what it has to be, e.g. regnety_256gf")
     parser.add_argument("--to", choices=FORMATS, required=True)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer_scale.argument_types import at_least
+from seer_scale.argument_types import at_least, command_parser
 from seer_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,12 +93,7 @@ def _crops(text: str) -> Crops:
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     text = "counts, sizes, bad files and a contact sheet of crops"

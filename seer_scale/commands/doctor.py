@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seer_scale.argument_types import command_parser
+
 if TYPE_CHECKING:
     from seer_scale.doctor import Finding
 
@@ -26,12 +28,7 @@ QUICK_SECONDS, SECONDS = 2.0, 10.0  # that MLflow may take
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--run-dir", type=Path, default=Path("runs"), help="whose disk is measured (runs)"
     )

@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from seer_scale.argument_types import command_parser
+
 EXAMPLES = """\
 SOURCE is what seer_scale.load takes: a run, a checkpoint, an exported trunk, or foreign weights,
 which are registered under our names. Weights of a tracked run stay with that MLflow run.
@@ -23,12 +25,7 @@ EXPERIMENT = "registered"
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--name", required=True, help="of the registered model")
     parser.add_argument(

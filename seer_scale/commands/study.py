@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seer_scale.argument_types import at_least
+from seer_scale.argument_types import at_least, command_parser
 
 EXAMPLES = """\
   seer-scale study --study launch/studies/demo.yaml --dry-run
@@ -20,12 +20,7 @@ EXAMPLES = """\
 
 def parser() -> argparse.ArgumentParser:
     """Of this command's line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--study", type=Path, required=True, metavar="FILE", help="the study, YAML")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the study (runs/studies/<its name>)"

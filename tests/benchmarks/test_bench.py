@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import peers
-from benchmarks.train_step import our_step
+from benchmarks.memory import configuration
+from benchmarks.train_step import arguments, our_step
 from seer_scale.models import build_model, initialise
 from tests.jobs import ROOT
 
@@ -23,7 +24,7 @@ def _losses() -> tuple[list[float], list[float]]:
     initialise(model, 0)
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(n, 3, size, size, generator=generator) for n, size in ((4, 64), (8, 32))]
-    ours = our_step("regnety_debug", 2)
+    ours = our_step(configuration(*arguments("regnety_debug", 2)))
     plain = peers.plain_step(model, "regnety_debug", crops=6)
     assert dist.get_world_size() == 1
     return [float(ours(images)) for _ in range(4)], [float(plain(images)) for _ in range(4)]
