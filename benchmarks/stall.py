@@ -54,6 +54,7 @@ class Training:
         began = time.perf_counter()
         _, scores = self.model(self.crops)
         scores.square().mean().backward()
+        self.saver.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step_number += 1
@@ -74,6 +75,7 @@ class Training:
             model=self.model,
             local_state={},
             manifest={},
+            in_place=True,
             urgent=urgent,
         )
         return time.perf_counter() - began

@@ -1,8 +1,8 @@
 """A file written from its beginning to its end, past the page cache where the file system can.
 
-Through the page cache gigabytes cost the processor twice their copying, and push out the images
-that the training reads again. Here the disk takes the bytes from where they are, if they lie in
-step with the file's blocks; others go through a small buffer that does.
+Through the page cache gigabytes go through memory several times more, and push out the images that
+the training reads again. Here all bytes pass through one small buffer, which stays in the
+processor's cache and which the disk takes them from.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUFFER = 4 << 20  # bytes that are written at once; a multiple of every disk's block
-BLOCK = 4096  # bytes that are in step with a disk's are written from where they are
-_WORTH_IT = 64 << 10  # bytes; fewer are copied faster than the disk is asked
+BLOCK = 4096  # bytes; the end of a file may be less than one
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
@@ -42,28 +41,25 @@ class DiskWriter:
         self._buffer = np.frombuffer(mmap.mmap(-1, BUFFER), dtype=np.uint8)  # begins with a page
         self._filled = 0
 
+    def room(self) -> NDArray[np.uint8]:
+        """The memory where the file's next bytes go, at least one; then say how many: `advance`."""
+        return self._buffer[self._filled :]
+
+    def advance(self, count: int) -> None:
+        """Takes the first `count` bytes of `room()` into the file."""
+        self._filled += count
+        if self._filled == BUFFER:
+            self._put(self._buffer)
+            self._filled = 0
+
     def write(self, data: bytes | memoryview) -> None:
-        """Appends bytes; without a copy if they lie at an address that is, modulo `BLOCK`, their
-        place in the file.
-        """
+        """Appends bytes."""
         source = np.frombuffer(data, dtype=np.uint8)
         while len(source):
-            in_step = (source.ctypes.data - self._filled) % BLOCK == 0
-            from_there = self._direct and in_step and len(source) >= _WORTH_IT
-            if from_there and self._filled % BLOCK == 0:
-                count = len(source) // BLOCK * BLOCK
-                self._put(self._buffer[: self._filled])
-                self._put(source[:count])
-                source, self._filled = source[count:], 0
-                continue
-            room = -self._filled % BLOCK if from_there else BUFFER - self._filled
-            count = min(len(source), room)
-            # NumPy lets other threads run meanwhile.
-            np.copyto(self._buffer[self._filled : self._filled + count], source[:count])
-            source, self._filled = source[count:], self._filled + count
-            if self._filled == BUFFER:
-                self._put(self._buffer)
-                self._filled = 0
+            room = self.room()[: len(source)]
+            np.copyto(room, source[: len(room)])  # NumPy lets other threads run meanwhile
+            source = source[len(room) :]
+            self.advance(len(room))
 
     def finish(self) -> None:
         """Puts the rest on the disk, and all of it for good."""

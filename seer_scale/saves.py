@@ -102,7 +102,7 @@ class Saves:
     def start(
         self, state: TrainState, engine: Engine, own: Mapping[str, Tensor], *, urgent: bool
     ) -> None:
-        """Starts a checkpoint; returns once the state is copied, while it is being written.
+        """Starts a checkpoint; returns while it is being written, and then needs `before_update`.
 
         Args:
             state: how far the run is; its best loss is brought up to date.
@@ -134,9 +134,17 @@ class Saves:
                 "loss_scale": engine.loss_scale and engine.loss_scale.state(),
                 "config": build.public(self._config).model_dump(mode="json"),
             },
+            in_place=engine.slices_stay,
             urgent=urgent,
         )
         self._metrics["checkpoint_stall"] = time.perf_counter() - began
+
+    def before_update(self) -> None:
+        """Call before the engine updates: a save under way copies what it has not written yet."""
+        began = time.perf_counter()
+        self._saver.before_update()
+        if "checkpoint_stall" in self._metrics:
+            self._metrics["checkpoint_stall"] += time.perf_counter() - began
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the checkpoint of this step is to be judged."""

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
 from seer_scale.preprocessing import MEAN, STD
-from seer_scale.tensor_file import Kind, Stamp, stamp, sync, write_tensors
+from seer_scale.tensor_file import Fill, Kind, Stamp, from_tensors, stamp, stream_tensors, sync
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"
@@ -56,10 +56,11 @@ def export_trunk(
     folder = Path(folder)
     fresh = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
+    kinds = {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     write_trunk(
         fresh,
-        {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()},
-        lambda name: state[name].detach().cpu().contiguous(),
+        kinds,
+        from_tensors(kinds, lambda name: state[name].detach().cpu().contiguous()),
         trunk=trunk,
         **metadata,
     )
@@ -77,7 +78,7 @@ def export_trunk(
 def write_trunk(
     folder: Path,
     kinds: Mapping[str, Kind],
-    read: Callable[[str], Tensor],
+    fill: Fill,
     *,
     trunk: str,
     **metadata: Any,
@@ -87,7 +88,7 @@ def write_trunk(
     Args:
         folder: made here unless it is there.
         kinds: dtype and shape of every tensor.
-        read: gives a tensor's values on the CPU.
+        fill: the source of their bytes.
         trunk: key of `TRUNKS`.
         metadata: JSON values for config.json.
 
@@ -112,7 +113,7 @@ def write_trunk(
     }
     folder.mkdir(parents=True, exist_ok=True)
     named = {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk}
-    weights = write_tensors(folder / WEIGHTS, kinds, read, named)
+    weights = stream_tensors(folder / WEIGHTS, kinds, fill, named)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     sync(folder / CONFIG)
     sync(folder)

@@ -15,13 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seer_scale.disk import DiskWriter
 
-CHUNK = 4 << 20  # bytes that are hashed or read at once
+CHUNK = 4 << 20  # bytes that are read at once
 _LARGEST_HEADER = 100 << 20  # as the format has it
 
 _NAMES = {
@@ -49,6 +51,11 @@ class Kind(NamedTuple):
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Length in bytes."""
+        return self.numel * self.dtype.itemsize
 
 
 class Stamp(NamedTuple):
@@ -88,7 +95,7 @@ def lay_out(kinds: Mapping[str, Kind], metadata: Mapping[str, str] | None = None
     end = 0
     for key in keys:
         dtype, shape = kinds[key]
-        begins[key], end = end, end + kinds[key].numel * dtype.itemsize
+        begins[key], end = end, end + kinds[key].bytes
         offsets = [begins[key], end]
         header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -96,6 +103,10 @@ def lay_out(kinds: Mapping[str, Kind], metadata: Mapping[str, str] | None = None
     start = 8 + len(text)
     whole = struct.pack("<Q", len(text)) + text
     return Layout(whole, {key: start + begin for key, begin in begins.items()}, start + end)
+
+
+# Puts the bytes of a tensor, from this one of them on, into memory until that is full.
+Fill = Callable[[str, int, NDArray[np.uint8]], None]
 
 
 def write_tensors(
@@ -115,22 +126,61 @@ def write_tensors(
     Raises:
         OSError: if the disk is full or does not write.
     """
+    return stream_tensors(path, kinds, from_tensors(kinds, read), metadata)
+
+
+def from_tensors(kinds: Mapping[str, Kind], read: Callable[[str], Tensor]) -> Fill:
+    """A source of bytes for `stream_tensors` that reads a tensor when its first are asked for."""
+    name: str | None = None
+    data = memoryview(b"")
+
+    def fill(key: str, start: int, target: NDArray[np.uint8]) -> None:
+        nonlocal name, data
+        if key != name:
+            data = memoryview(b"")  # or two are in memory while the next is read
+            tensor = read(key)
+            if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[key]:
+                raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, not {kinds[key]}")
+            name, data = key, as_bytes(tensor)
+        copy_bytes(data, start, target)
+
+    return fill
+
+
+def stream_tensors(
+    path: Path, kinds: Mapping[str, Kind], fill: Fill, metadata: Mapping[str, str] | None = None
+) -> Stamp:
+    """Writes a safetensors file of bytes that are asked for in its order, some megabytes at once.
+
+    Args:
+        path: of the file; what was there is replaced.
+        kinds: dtype and shape of every tensor.
+        fill: the source; it is asked for every byte of a tensor once.
+        metadata: further entries of the header.
+
+    Raises:
+        OSError: if the disk is full or does not write.
+    """
     layout = lay_out(kinds, metadata)
     digest = xxhash.xxh3_128()  # ten times SHA-256's speed; made against accidents
     with DiskWriter(path) as file:
         digest.update(layout.header)
         file.write(layout.header)
         for key in layout.begins:
-            tensor = read(key)
-            if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[key]:
-                raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, not {kinds[key]}")
-            data = as_bytes(tensor)
-            for start in range(0, len(data), CHUNK):
-                digest.update(data[start : start + CHUNK])
-                file.write(data[start : start + CHUNK])
-            del tensor, data  # or two are in memory while the next is read
+            start, size = 0, kinds[key].bytes
+            while start < size:
+                room = file.room()[: size - start]
+                fill(key, start, room)
+                digest.update(room.data)  # while it is still in the processor's cache
+                file.advance(len(room))
+                start += len(room)
         file.finish()
     return Stamp(layout.bytes, digest.hexdigest())
+
+
+def copy_bytes(data: memoryview, start: int, target: NDArray[np.uint8]) -> None:
+    """Copies bytes from `start` on into `target` until it is full; other threads run meanwhile."""
+    np.copyto(target, np.frombuffer(data[start : start + len(target)], dtype=np.uint8))
 
 
 class TensorFile:
@@ -159,7 +209,7 @@ class TensorFile:
         for key, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind = Kind(_DTYPES[fields["dtype"]], tuple(map(int, fields["shape"])))
             begin, stop = (8 + length + int(offset) for offset in fields["data_offsets"])
-            if begin != end or stop - begin != kind.numel * kind.dtype.itemsize:
+            if begin != end or stop - begin != kind.bytes:
                 raise ValueError(f"the bytes of {key} are not where they should be")
             self.entries[key] = Entry(kind, begin)
             end = stop

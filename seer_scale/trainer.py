@@ -215,6 +215,8 @@ class Trainer:
             last = micro + 1 == self.config.train.gradient_accumulation
             with self.profiler.range("backward"):
                 self.engine.backward(self.guard.gate(loss, sums["loss"] if last else None))
+            if last:
+                self.saves.before_update()
             with self.profiler.range("optimizer"):
                 grad_norm = self.engine.step()
         assert grad_norm is not None

@@ -1,14 +1,16 @@
-"""Saving while training goes on: a copy in host memory, written by a thread of every rank.
+"""Saving while training goes on: a thread of every rank writes what the rank holds.
 
-The stall of a save is the copy. Ranks then meet in the checkpoint's folder, not in a collective,
-which would race with those of the training: each leaves a report beside its file, and rank 0 waits
-for all of them, adds the trunk and the manifest and gives the folder its name. So a checkpoint is
-there whole or not at all, and a rank that dies once its file is written costs nothing.
+The stall of a save is the copying that cannot be put off (see `staging`). Ranks then meet in the
+checkpoint's folder, not in a collective, which would race with those of the training: each leaves a
+report beside its file, and rank 0 waits for all of them, adds the trunk and the manifest and gives
+the folder its name. So a checkpoint is there whole or not at all, and a rank that dies once its
+file is written costs nothing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -21,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seer_scale.checkpoint.folders import delete, make_room, publish, set_aside
@@ -34,13 +38,13 @@ from seer_scale.checkpoint.manifest import (
 )
 from seer_scale.checkpoint.reader import CheckpointReader, lazily
 from seer_scale.checkpoint.retention import expired
-from seer_scale.disk import BLOCK
+from seer_scale.checkpoint.staging import Staging
 from seer_scale.errors import CheckpointError
 from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.serving import versions, write_trunk
 from seer_scale.slices import Slice, buffers_without_padding
-from seer_scale.tensor_file import Kind, Stamp, lay_out, write_tensors
+from seer_scale.tensor_file import Stamp, from_tensors, stream_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
 _POLL_S = 0.05
@@ -74,8 +78,7 @@ class Saver:
                 shutil.rmtree(stale, ignore_errors=True)
         # Of this attempt: what a rank of an earlier one may still be writing is not mixed in.
         self._attempt: str = distributed.broadcast_object(secrets.token_hex(4))
-        self._host: dict[str, Tensor] = {}  # reused by every save
-        self._begins: dict[str, int] = {}  # at which byte of the file each was written
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._patience = PATIENCE_S
         self._outcomes: deque[Outcome] = deque()  # rank 0's; its thread appends
@@ -89,9 +92,10 @@ class Saver:
         model: nn.Module,
         local_state: Mapping[str, Tensor],
         manifest: Mapping[str, Any],
+        in_place: bool = False,
         urgent: bool = False,
     ) -> None:
-        """Copies the state and starts writing it; waits first for a save that is not done yet.
+        """Takes the state and starts writing it; waits first for a save that is not done yet.
 
         A save that cannot be written is an outcome, no exception: the training goes on.
 
@@ -102,15 +106,18 @@ class Saver:
             model: for its buffers; running statistics are averaged over the ranks first.
             local_state: tensors that each rank has its own of, such as the objective's queue.
             manifest: JSON values describing the run; what resuming compares.
+            in_place: slices on the CPU may be written from where they are, because the caller
+                calls `before_update` before they change or go away.
             urgent: nothing else is to be done meanwhile, so the writing need not give way.
         """
         began = time.monotonic()
         self._join()
         average_running_statistics(model)
         with _all_cores():
-            placement = self._copy(slices if writes_slices else (), model, local_state)
+            placement = self._take(slices if writes_slices else (), model, local_state, in_place)
         partial = self.root / f".step_{step:08d}.{self._attempt}.partial"
         if not self._begin(partial, step, began):
+            self._staging.clear()
             return
         job = Job(partial, step, self.trunk, manifest, placement, began, urgent)
         # A daemon: a process that fails elsewhere does not wait for ranks that are gone.
@@ -118,6 +125,11 @@ class Saver:
             target=self._run, args=(job,), name=f"checkpoint of step {step}", daemon=True
         )
         self._thread.start()
+
+    def before_update(self) -> None:
+        """Call before slices change that a save was given `in_place`: copies what is unwritten."""
+        with _all_cores():
+            self._staging.copy_live()
 
     def outcomes(self) -> list[Outcome]:
         """On rank 0, the saves that have ended since the last call; elsewhere none."""
@@ -133,7 +145,7 @@ class Saver:
         self._patience = min(self._patience, seconds)
         if self._thread is not None:
             self._thread.join(seconds)
-        self._host.clear()
+        self._staging.free()
 
     # --------------------------------------------------------------------------- before writing
 
@@ -143,47 +155,49 @@ class Saver:
             self._thread = None
 
     @torch.no_grad()
-    def _copy(
-        self, slices: Iterable[Slice], model: nn.Module, local_state: Mapping[str, Tensor]
+    def _take(
+        self,
+        slices: Iterable[Slice],
+        model: nn.Module,
+        local_state: Mapping[str, Tensor],
+        in_place: bool,
     ) -> dict[str, Any]:
-        """Copies all to host memory; where each slice lies in its tensor."""
+        """Stages everything; where each slice lies in its tensor."""
         placement: dict[str, Any] = {}
-        tensors: set[str] = set()
+        staging, main = self._staging, distributed.is_main()
+        staging.clear()
 
-        def copy(key: str, source: Tensor) -> None:
-            target = self._host.get(key)
-            begin = self._begins.get(key, 0)
-            if target is None or not _fits(target, source, begin):
-                target = _empty_like(source, begin)
-            self._host[key] = target
-            target.copy_(source.detach(), non_blocking=True)
-            tensors.add(key)
+        def take(key: str, values: Tensor, reads: int) -> None:
+            if in_place and values.device.type == "cpu" and values.is_contiguous():
+                staging.hold(key, values, reads)
+            else:
+                staging.copy(key, values)
 
         for held in slices:  # one at a time: what is offloaded to disk is there only meanwhile
             part = held.without_padding()
             if not part.values.numel():  # nothing but padding
                 continue
-            copy(f"weight/{part.name}", part.values)
-            copy(f"momentum/{part.name}", part.momentum)
+            whole = part.values.numel() == math.prod(part.shape)
+            twice = main and whole and part.name.startswith("trunk.")  # for trunk/ too
+            take(f"weight/{part.name}", part.values, 2 if twice else 1)
+            take(f"momentum/{part.name}", part.momentum, 1)
             placement[part.name] = {"shape": list(part.shape), "offset": part.offset}
-        if distributed.is_main():
+        if main:
             for name, buffer in buffers_without_padding(model):
-                copy(f"weight/{name}", buffer.reshape(-1))
+                staging.copy(f"weight/{name}", buffer.reshape(-1))
                 placement[name] = {"shape": list(buffer.shape), "offset": 0}
         for name, tensor in local_state.items():
-            copy(f"local/{name}", tensor)
+            staging.copy(f"local/{name}", tensor)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        for key in self._host.keys() - tensors:  # e.g. of a queue that is no longer there
-            del self._host[key]
+        staging.free(keep=staging.kinds())  # e.g. of a queue that is no longer there
         return placement
 
     def _begin(self, partial: Path, step: int, began: float) -> bool:
         """Makes the folder if there is room for the checkpoint; the same answer on every rank."""
-        mine = sum(tensor.nbytes for tensor in self._host.values())
-        trunk = sum(
-            tensor.nbytes for key, tensor in self._host.items() if key.startswith("weight/trunk.")
-        )
+        kinds = self._staging.kinds()
+        mine = sum(kind.bytes for kind in kinds.values())
+        trunk = sum(kind.bytes for key, kind in kinds.items() if key.startswith("weight/trunk."))
         needed = sum(distributed.gather_lists([mine + trunk]))
         problem = make_room(partial, needed) if distributed.is_main() else None
         problem = distributed.broadcast_object(problem)
@@ -198,18 +212,18 @@ class Saver:
             # Of this thread alone, on Linux: the training's threads come first.
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        _write_rank(job, self._host)
-        self._begins = lay_out(_kinds(self._host), _metadata(job.placement)).begins
-        if not distributed.is_main():
-            return
+        _write_rank(job, self._staging)
         problem = None
         try:
-            self._finish(job, self._reports(job.partial))
+            if distributed.is_main():
+                self._finish(job, self._reports(job.partial))
         # Whatever it is, the training goes on with the checkpoint before.
         except Exception as error:
             problem = one_line(error)
             shutil.rmtree(job.partial, ignore_errors=True)
-        self._end(job.step, problem, job.began)
+        self._staging.clear()
+        if distributed.is_main():
+            self._end(job.step, problem, job.began)
 
     def _reports(self, partial: Path) -> dict[str, Stamp]:
         """The files of all ranks, once each has said that its own is written.
@@ -244,15 +258,17 @@ class Saver:
             **job.manifest,
         }
         kinds, read = lazily(CheckpointReader(job.partial, content), "trunk.")
+        held, from_files = self._staging.kinds(), from_tensors(kinds, read)
 
-        def held_or_read(name: str) -> Tensor:
+        def fill(name: str, start: int, target: NDArray[np.uint8]) -> None:
             """From memory if this rank has all of it, else from the files just written."""
-            held, kind = self._host.get(f"weight/trunk.{name}"), kinds[name]
-            whole = held is not None and held.numel() == kind.numel
-            return held.view(kind.shape) if held is not None and whole else read(name)
+            key = f"weight/trunk.{name}"
+            if key in held and held[key].numel == kinds[name].numel:
+                self._staging.fill(key, start, target)
+            else:
+                from_files(name, start, target)
 
-        folder = job.partial / "trunk"
-        trunk = write_trunk(folder, kinds, held_or_read, trunk=job.trunk, step=job.step)
+        trunk = write_trunk(job.partial / "trunk", kinds, fill, trunk=job.trunk, step=job.step)
         files |= {f"trunk/{name}": written for name, written in trunk.items()}
         write_manifest(job.partial, content, files)
         publish(job.partial, checkpoint_folder(self.root, job.step))
@@ -331,42 +347,16 @@ def _all_cores() -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def _fits(target: Tensor, source: Tensor, begin: int) -> bool:
-    """Whether `target` can take `source`, and can be written at `begin` without another copy."""
-    in_step = target.data_ptr() % BLOCK == begin % BLOCK
-    return target.shape == source.shape and target.dtype == source.dtype and in_step
-
-
-def _empty_like(source: Tensor, begin: int) -> Tensor:
-    """Host memory for a copy, whose address is `begin` modulo the disk's block."""
-    room = source.nbytes + BLOCK
-    memory = torch.empty(room, dtype=torch.uint8, pin_memory=source.device.type == "cuda")
-    start = (begin - memory.data_ptr()) % BLOCK
-    return memory[start : start + source.nbytes].view(source.dtype).view(source.shape)
-
-
-def _kinds(host: Mapping[str, Tensor]) -> dict[str, Kind]:
-    return {key: Kind(tensor.dtype, tuple(tensor.shape)) for key, tensor in host.items()}
-
-
-def _metadata(placement: Mapping[str, Any]) -> dict[str, str]:
-    return {"placement": json.dumps(placement)}
-
-
 def _report(folder: Path, rank: int) -> Path:
     return folder / f".rank_{rank:05d}.json"
 
 
-def _write_rank(job: Job, host: Mapping[str, Tensor]) -> None:
+def _write_rank(job: Job, staging: Staging) -> None:
     rank = distributed.rank()
     path = rank_file(job.partial, rank)
     try:
-        written = write_tensors(
-            path,
-            _kinds(host),
-            lambda key: host[key],
-            _metadata(job.placement),
-        )
+        placement = {"placement": json.dumps(job.placement)}
+        written = stream_tensors(path, staging.kinds(), staging.fill, placement)
         report: dict[str, Any] = written._asdict()
     except Exception as error:
         # Room for the report, on a disk that is full.

@@ -19,7 +19,7 @@ from seer_scale.convert.recognise import TrunkWeights
 from seer_scale.convert.torch_file import write_torch_file
 from seer_scale.errors import UserError
 from seer_scale.serving import CONFIG, write_trunk
-from seer_scale.tensor_file import Kind, write_tensors
+from seer_scale.tensor_file import Kind, from_tensors, write_tensors
 
 _CLASSIFIER = {"timm": "head.fc", "huggingface": "classifier.1", "torchvision": "fc"}
 
@@ -99,9 +99,13 @@ def write_own(source: TrunkWeights, out: Path) -> None:
         return
     with _folder(out, "trunk.safetensors") as folder:
         write_trunk(
-            folder, source.kinds, source.read, trunk=source.trunk, source=source.origin,
+            folder,
+            source.kinds,
+            from_tensors(source.kinds, source.read),
+            trunk=source.trunk,
+            source=source.origin,
             source_names=source.dialect,
-        )  # fmt: skip
+        )
         if head.kinds:
             write_tensors(folder / HEAD, head.kinds, head.read, {"format": "pt"})
     if not head.kinds:  # an earlier export's would be taken for this one's

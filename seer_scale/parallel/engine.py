@@ -65,6 +65,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def slices_stay(self) -> bool:
+        """Whether the memory of `slices` stays as it is until `step`, or goes or changes before."""
+        ...
+
+    @property
     def writes_slices(self) -> bool:
         """Whether this rank's slices belong in a checkpoint: replicas do not."""
         ...

@@ -83,6 +83,10 @@ class TorchEngine:
     def slices(self) -> Iterator[Slice]:
         return self._optimizer.slices()
 
+    @property
+    def slices_stay(self) -> bool:
+        return self._fused is None  # which steps within the backward pass
+
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Strategy `ddp`: every rank holds the whole model and gradients are averaged."""

@@ -149,6 +149,10 @@ class ZeroEngine:
                     )
 
     @property
+    def slices_stay(self) -> bool:
+        return self._offload != "nvme"
+
+    @property
     def writes_slices(self) -> bool:
         return self._stage > 0 or distributed.is_main()
 

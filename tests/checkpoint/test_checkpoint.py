@@ -253,7 +253,7 @@ from tests.checkpoint.test_checkpoint import trained, write
 
 root, module = Path(sys.argv[1]), {"slices": saving, "trunk": serving}[sys.argv[2]]
 write(root, 1, model=trained(seed=1))
-original = module.write_tensors
+original = module.stream_tensors
 
 def slow(path, *args):
     original(path, *args)
@@ -262,7 +262,7 @@ def slow(path, *args):
     print("half", flush=True)
     time.sleep(600)
 
-module.write_tensors = slow
+module.stream_tensors = slow
 write(root, 2, model=trained(seed=2))
 """
 

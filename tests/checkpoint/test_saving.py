@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seer_scale.checkpoint import CheckpointReader, Outcome, Saver, list_checkpoints, saving
 from seer_scale.checkpoint.retention import expired
-from seer_scale.disk import BLOCK
 from seer_scale.parallel import distributed as ranks
 from tests.checkpoint.test_checkpoint import TRUNK, cut, trained
 
@@ -26,7 +26,12 @@ Distributed = Callable[..., list[Any]]
 
 
 def start(
-    saver: Saver, step: int, model: nn.Module, local: dict[str, Tensor] | None = None
+    saver: Saver,
+    step: int,
+    model: nn.Module,
+    local: dict[str, Tensor] | None = None,
+    *,
+    in_place: bool = False,
 ) -> None:
     saver.save(
         step=step,
@@ -35,6 +40,7 @@ def start(
         model=model,
         local_state=local or {},
         manifest={"state": {"step": step}},
+        in_place=in_place,
     )
 
 
@@ -55,14 +61,14 @@ def whole(folder: Path) -> dict[str, Tensor]:
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The threads of saves wait for the event before they write."""
-    may_write, write = threading.Event(), saving.write_tensors
+    may_write, write = threading.Event(), saving.stream_tensors
 
     def late(*args: Any) -> Any:
         assert may_write.wait(60)
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_tensors", late)
+        patch.setattr(saving, "stream_tensors", late)
         yield may_write
 
 
@@ -87,22 +93,93 @@ def test_what_is_written_is_the_moment_of_the_call(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@torch.no_grad()
+def change(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.zero_()
+
+
+def changed_in_the_middle(root: Path, after: int) -> None:
+    """A save in place; the optimizer steps once `after` bytes of slices are written."""
+    world, rank = ranks.world_size(), ranks.rank()
+    model, saver = trained(), saver_of(root)
+    slices = list(cut(model, rank, world))
+    tensors = [tensor for part in slices for tensor in (part.values, part.momentum)]
+    reached, go_on = threading.Event(), threading.Event()
+    fill, done = saver._staging.fill, 0
+
+    def halting(key: str, start: int, target: Any) -> None:
+        nonlocal done
+        if done >= after and not reached.is_set():
+            reached.set()
+            assert go_on.wait(60)
+        fill(key, start, target)
+        done += len(target)
+
+    saver._staging.fill = halting  # type: ignore[method-assign]
+    saver.save(
+        step=1,
+        slices=slices,
+        writes_slices=True,
+        model=model,
+        local_state={},
+        manifest={"state": {"step": 1}},
+        in_place=True,
+    )
+    change(*model.buffers())  # the next forward pass
+    assert reached.wait(60)
+    saver.before_update()
+    change(*tensors)  # the optimizer
+    go_on.set()
+    saver.wait()
+    assert not any(tensor.any() for tensor in tensors)
+    assert [problem for _, problem in ended(saver)] == ([None] if rank == 0 else [])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("after", [0, 1, 100_000, 170_000])
+def test_what_is_unwritten_when_the_optimizer_steps_is_copied_before(
+    distributed: Distributed, tmp_path: Path, world_size: int, after: int
+) -> None:
+    expected = trained()
+    distributed(changed_in_the_middle, world_size, tmp_path, after)
+    found = whole(tmp_path / "step_00000001")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found[name], value), name
+    reader = CheckpointReader(tmp_path / "step_00000001")
+    for part in cut(expected, 0, 1):
+        momentum = reader.read(part.name, 0, part.values.numel(), kind="momentum")
+        assert torch.equal(momentum, part.momentum), part.name
+    trunk = load_file(tmp_path / "step_00000001" / "trunk" / "trunk.safetensors")
+    for name, value in expected.state_dict().items():
+        if name.startswith("trunk."):
+            assert torch.equal(trunk[name.removeprefix("trunk.")], value), name
+
+
+def test_what_is_written_before_the_optimizer_steps_is_never_copied(tmp_path: Path) -> None:
+    model, saver = trained(), saver_of(tmp_path)
+    start(saver, 1, model, {"queue": torch.ones(3)}, in_place=True)
+    saver.wait()
+    saver.before_update()
+    buffers = {f"weight/{name}" for name, _ in model.named_buffers()}
+    assert saver._staging._memory.keys() == {"local/queue"} | buffers
+
+
 def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, saver = trained(), saver_of(tmp_path)
-    start(saver, 0, model)  # from here on it is known where in the file each tensor lies
     with held_back(monkeypatch) as may_write:
         start(saver, 1, model)
-        memory = {key: tensor.data_ptr() for key, tensor in saver._host.items()}
+        memory = {key: tensor.data_ptr() for key, tensor in saver._staging._memory.items()}
+        assert memory.keys() == saver._staging.kinds().keys()
         threading.Timer(0.3, may_write.set).start()
         began = time.monotonic()
         start(saver, 2, trained(seed=1))
         assert time.monotonic() - began >= 0.25
         saver.wait()
-    assert ended(saver) == [(0, None), (1, None), (2, None)]
-    assert {key: tensor.data_ptr() for key, tensor in saver._host.items()} == memory
-    assert all(memory[key] % BLOCK == begin % BLOCK for key, begin in saver._begins.items())
+    assert ended(saver) == [(1, None), (2, None)]
+    assert {key: held.data_ptr() for key, held in saver._staging._memory.items()} == memory
     for step, seed in ((1, 0), (2, 1)):
         weight = whole(tmp_path / f"step_{step:08d}")["prototypes.weight"]
         assert torch.equal(weight, trained(seed).get_parameter("prototypes.weight").detach())
@@ -191,7 +268,7 @@ def test_a_rank_that_says_nothing_is_waited_for_no_longer_than_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(saving, "_write_rank", lambda job, host: None)
+    monkeypatch.setattr(saving, "_write_rank", lambda job, staging: None)
     saver = saver_of(tmp_path)
     start(saver, 1, trained())
     saver.wait()
@@ -226,13 +303,13 @@ def test_the_newest_and_every_mth_stay(tmp_path: Path) -> None:
 
 def test_only_the_writing_thread_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    write = saving.write_tensors
+    write = saving.stream_tensors
 
     def spy(*args: Any) -> Any:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return write(*args)
 
-    monkeypatch.setattr(saving, "write_tensors", spy)
+    monkeypatch.setattr(saving, "stream_tensors", spy)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     saver = saver_of(tmp_path)
     start(saver, 1, trained())
