@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from seer_scale.checkpoint import CheckpointReader, list_checkpoints
+from seer_scale.checkpoint import CheckpointReader, list_checkpoints, saving
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.loading import load
 from tests.jobs import ROOT, arguments, lines, losses, run_job, write_images
@@ -110,6 +111,46 @@ def test_resuming_equals_not_having_stopped_bit_for_bit(
         assert expected.keys() == actual.keys()
         for key, value in expected.items():
             assert torch.equal(actual[key], value), key
+
+
+def run_with_late_writes(argv: list[str]) -> int:
+    """The threads of saves sleep until the training has gone on by a step or more."""
+    write = saving.stream_tensors
+
+    def late(*args: Any) -> Any:
+        time.sleep(3)
+        return write(*args)
+
+    saving.stream_tensors = late
+    try:
+        return run_job(argv)
+    finally:
+        saving.stream_tensors = write
+
+
+@pytest.mark.parametrize(
+    ("world_size", "more"),
+    [
+        (1, []),
+        (1, ["optim.fuse_backward=true"]),
+        (2, ZERO["zero2"]),
+        pytest.param(2, [*ZERO["zero3"], "train.gradient_accumulation=2"], marks=pytest.mark.slow),
+        pytest.param(2, ["sharding.strategy=fsdp"], marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fused", "zero2", "zero3, accumulation", "fsdp"],
+)
+def test_what_is_saved_is_the_step_s_however_late_it_is_written(
+    distributed: Distributed, images: Path, tmp_path: Path, world_size: int, more: list[str]
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    common = ["checkpoint.every=3", "checkpoint.keep=9", "train.steps=6", *more]
+    distributed(run_with_late_writes, world_size, arguments(images, whole, *common))
+    middle = str(whole / "checkpoints" / "step_00000003")
+    argv = arguments(images, resumed, *common, "--resume", middle)
+    distributed(run_job, world_size, argv)
+    assert losses(resumed) == losses(whole)[3:]
+    expected, actual = (tensors(run / "checkpoints" / "step_00000006") for run in (whole, resumed))
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
 def test_a_checkpoint_of_one_strategy_is_read_by_another(
