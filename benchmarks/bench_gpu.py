@@ -77,7 +77,8 @@ def plain_step(config: RunConfig, device: torch.device) -> peers.Step:
             prototypes=config.model.prototypes,
         )
         initialise(model, 0)
-    return peers.plain_step(model, config.model.trunk, crops=6, autocast=True)
+    step, _ = peers.plain_step(model, config.model.trunk, crops=6, autocast=True)
+    return step
 
 
 def measure(step: peers.Step, images: Any, warm_up: int, steps: int) -> tuple[float, float]:

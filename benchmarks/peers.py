@@ -84,7 +84,9 @@ def plain_sinkhorn(scores: Tensor) -> Tensor:
     return balanced
 
 
-def plain_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool = False) -> Step:
+def plain_step(
+    model: MultiCropModel, name: str, *, crops: int, autocast: bool = False
+) -> tuple[Step, DistributedDataParallel]:
     """torchvision's RegNet, DDP, autocast, SwAV's loss crop by crop, LARC tensor by tensor."""
     device = next(model.parameters()).device
     own = PlainModel(model, name).to(device).train()
@@ -108,13 +110,13 @@ def plain_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool =
                 of_crop = of_crop - (code * predicted).sum(dim=1).mean()
             loss = loss + of_crop / len(others)
         loss = loss / 2  # by the crops that give codes
-        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         _larc(parameters)
         optimizer.step()
+        optimizer.zero_grad()
         return loss.detach()
 
-    return step
+    return step, wrapped
 
 
 @torch.no_grad()
@@ -129,7 +131,9 @@ def _larc(parameters: Sequence[Tensor]) -> None:
             grad.add_(parameter, alpha=WEIGHT_DECAY).mul_(rate)
 
 
-def lightly_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool = False) -> Step:
+def lightly_step(
+    model: MultiCropModel, name: str, *, crops: int, autocast: bool = False
+) -> tuple[Step, DistributedDataParallel]:
     """lightly's head, prototypes and loss in the loop of its documentation, and DDP.
 
     Its head has a BatchNorm that SEER's has not. Raises ImportError without lightly.
@@ -171,4 +175,4 @@ def lightly_step(model: MultiCropModel, name: str, *, crops: int, autocast: bool
         optimizer.zero_grad()
         return loss.detach()
 
-    return step
+    return step, wrapped

@@ -1,20 +1,24 @@
 """A training step of this project beside what people would otherwise write.
 
-Same weights, crops, batch and precision; steps of all contenders take turns, so that a machine that
-gets slower does so for all. The activation memory is counted by `LiveBytes` on a CPU and by CUDA's
-allocator on a GPU.
+Same weights, crops, batch and precision. Every contender is a process of its own, since what this
+project sets for a process (how the C library keeps memory) would be there for the others too; their
+steps take turns, so that a machine that gets slower does so for all.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import peers
 from benchmarks.memory import build_engine, configuration
@@ -24,6 +28,8 @@ from seer_scale.models import build_model, initialise
 from seer_scale.objectives import build_objective
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel.live_bytes import LiveBytes
+from seer_scale.performance.host_memory import keep_freed_memory
+from seer_scale.ports import free_port
 
 OURS, CHECKPOINTED, PLAIN, LIGHTLY = "seer-scale", "seer-scale, recomputing", "plain", "lightly"
 
@@ -35,7 +41,7 @@ class Contender:
     Attributes:
         name: of the table.
         seconds: of an image, median over the steps; one step is `batch` images.
-        memory: most bytes that a step makes and frees again, gradients among them.
+        memory: most bytes that a step makes, gradients among them, and the buckets of DDP.
         loss: of the first step.
     """
 
@@ -91,43 +97,105 @@ def arguments(trunk: str, batch: int) -> tuple[str, ...]:
 
 
 def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
-    """Times all contenders on one rank; each makes its own copy of the same weights."""
-    images = [torch.randn(2 * batch, 3, 160, 160), torch.randn(4 * batch, 3, 96, 96)]
-    model = build_model(trunk, head_dims=[512, 128], head_batch_norm=False, prototypes=3000)
-    initialise(model, 0)  # of seed 0, which is the recipe's
-    options = arguments(trunk, batch)
-    makers: dict[str, Callable[[], peers.Step]] = {
-        OURS: lambda: our_step(configuration(*options)),
-        CHECKPOINTED: lambda: our_step(
-            configuration(*options, "sharding.activation_checkpointing=full")
-        ),
-        PLAIN: lambda: peers.plain_step(model, trunk, crops=6),
-        LIGHTLY: lambda: peers.lightly_step(model, trunk, crops=6),
-    }
-    steps: dict[str, peers.Step] = {}
-    for name, make in makers.items():
-        try:
-            steps[name] = make()
-        except ImportError as error:
-            print(f"no row for {name}, which is not installed ({error})")
-    losses = {name: float(step(images)) for name, step in steps.items()}
-    # In the format that each asks for, which the data loader makes of them in a run.
-    formatted = [crop.contiguous(memory_format=torch.channels_last) for crop in images]
-    memory = {
-        name: activation_bytes(step, formatted if name in (OURS, CHECKPOINTED) else images)
-        for name, step in steps.items()
-    }
-    seconds = in_turns([partial(step, images) for step in steps.values()], repeats)
+    """Times all contenders, each on one rank with its own copy of the same weights."""
+    workers: dict[str, Worker] = {}
+    for name in (OURS, CHECKPOINTED, PLAIN, LIGHTLY):
+        worker = Worker(name, trunk, batch)
+        if isinstance(loss := worker.ask(), str):
+            print(f"no row for {name}, which is not installed ({loss})")
+        else:
+            workers[name], worker.loss = worker, loss
+    memory = {name: int(worker.ask("memory")) for name, worker in workers.items()}
+    seconds = in_turns([worker.step for worker in workers.values()], repeats)
+    for worker in workers.values():
+        worker.end()
     return [
-        Contender(name, found / batch, memory[name], losses[name])
-        for name, found in zip(steps, seconds, strict=True)
+        Contender(name, found / batch, memory[name], worker.loss)
+        for (name, worker), found in zip(workers.items(), seconds, strict=True)
     ]
 
 
-def activation_bytes(step: peers.Step, images: Sequence[Tensor]) -> int:
-    """Most bytes that a step makes at once and that are gone after it."""
+class Worker:
+    """A process that does one contender's steps when it is asked to."""
+
+    def __init__(self, name: str, trunk: str, batch: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        threads = torch.get_num_threads()
+        self._process = context.Process(
+            target=_serve, args=(there, name, trunk, batch, threads), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self.loss = float("nan")
+
+    def ask(self, order: str | None = None) -> float | str:
+        """The answer to an order; without one, what the process says of itself at first."""
+        if order:
+            self._here.send(order)
+        answer: float | str = self._here.recv()  # EOFError if it has died
+        return answer
+
+    def step(self) -> None:
+        """One step."""
+        self.ask("step")
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._here.send("end")
+        self._process.join()
+
+
+def _serve(there: Connection, name: str, trunk: str, batch: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.randn(count * batch, 3, size, size, generator=generator)
+        for count, size in ((2, 160), (4, 96))
+    ]
+    try:
+        step, buckets = _step_of(name, trunk, batch)
+    except ImportError as error:
+        there.send(str(error))
+        return
+    there.send(float(step(images)))
+    while (order := there.recv()) != "end":
+        if order == "memory":
+            # In the format that each asks for, which the data loader makes of them in a run.
+            last = torch.channels_last if name in (OURS, CHECKPOINTED) else torch.contiguous_format
+            formatted = [crop.contiguous(memory_format=last) for crop in images]
+            there.send(step_bytes(step, formatted) + buckets)
+        else:
+            there.send(float(step(images)))
+    dist.destroy_process_group()
+
+
+def _step_of(name: str, trunk: str, batch: int) -> tuple[peers.Step, int]:
+    """A contender's step, and the bytes of DDP's buckets, which no operation makes."""
+    if name in (OURS, CHECKPOINTED):
+        keep_freed_memory()  # as launch/pretrain.py does
+        mode = "full" if name == CHECKPOINTED else "none"
+        options = arguments(trunk, batch)
+        config = configuration(*options, f"sharding.activation_checkpointing={mode}")
+        return our_step(config), 0  # a rank alone needs no DDP
+    model = build_model(trunk, head_dims=[512, 128], head_batch_norm=False, prototypes=3000)
+    initialise(model, 0)  # of seed 0, which is the recipe's
+    make = peers.plain_step if name == PLAIN else peers.lightly_step
+    step, wrapped = make(model, trunk, crops=6)
+    return step, bucket_bytes(wrapped)
+
+
+def bucket_bytes(wrapped: DistributedDataParallel) -> int:
+    """What DDP has made of buckets, which `LiveBytes` does not see."""
+    sizes: str = wrapped._get_ddp_logging_data()["bucket_sizes"]
+    return sum(map(int, sizes.split(", ")))
+
+
+def step_bytes(step: peers.Step, images: Sequence[Tensor]) -> int:
+    """Most bytes that a step makes and holds at once; weights and momentum are there before."""
     with LiveBytes() as live:
         step(images)
-        left: int = live.now
     peak: int = live.peak()
-    return peak - left
+    return peak

@@ -39,6 +39,7 @@ def run(arguments: recipe.Arguments) -> int:
     from seer_scale.data import open_source
     from seer_scale.objectives import check_options
     from seer_scale.parallel import distributed, failure
+    from seer_scale.performance.host_memory import keep_freed_memory
     from seer_scale.scaling.advice import is_out_of_memory, out_of_memory
     from seer_scale.tracking.uri import resolve_uri
     from seer_scale.trainer import Stop
@@ -65,6 +66,8 @@ def run(arguments: recipe.Arguments) -> int:
 
     # Longer than the watchdog's patience, which names the ranks that are missing.
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes), config.run.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     failure.watch()
     try:
         stop = attempts.train(

@@ -110,22 +110,25 @@ class SwAV:
             current = wide[: len(embeddings)].reshape(self.crops, batch, -1)  # [crops, B, K]
             queued = wide[len(embeddings) :].tensor_split(len(self.assign_crops))  # each [L, K]
             log_probabilities = F.log_softmax(current / self.temperature, dim=-1)
-            losses, codes = [], []
-            for crop, its_queue in zip(self.assign_crops, queued, strict=True):
-                code = sinkhorn_knopp(
-                    torch.cat([current[crop], its_queue]),
-                    epsilon=self.epsilon,
-                    iterations=self.sinkhorn_iterations,
-                    group=self.group,
-                )[:batch]
+            balanced = [
+                torch.cat([current[crop], its_queue])
+                for crop, its_queue in zip(self.assign_crops, queued, strict=True)
+            ]
+            codes = sinkhorn_knopp(  # of all crops in one go: they share the collectives
+                torch.stack(balanced),
+                epsilon=self.epsilon,
+                iterations=self.sinkhorn_iterations,
+                group=self.group,
+            )[:, :batch]
+            losses = []
+            for crop, code in zip(self.assign_crops, codes, strict=True):
                 # Not by a list of indices, which the host would have to bring to the device.
                 others = torch.cat([log_probabilities[:crop], log_probabilities[crop + 1 :]])
                 losses.append(-(code * others).sum(dim=-1).mean())
-                codes.append(code)
             loss = torch.stack(losses).mean()
             metrics = {
                 "loss_over_ln_k": loss.detach() / math.log(scores.shape[1]),
-                "prototype_usage_entropy": usage_entropy(torch.cat(codes), self.group),
+                "prototype_usage_entropy": usage_entropy(codes.flatten(0, 1), self.group),
                 "embedding_std": embedding_std(embeddings, self.group),
             }
         if self._queue is not None:

@@ -206,8 +206,8 @@ def _objective(config: RunConfig, world: Ranks) -> list[Message]:
         return []
     iterations = int(options.get("sinkhorn_iterations", 3))
     assigned = len(options.get("assign_crops", (0, 1)))
-    count = config.train.gradient_accumulation * assigned * (iterations + 1)
-    size = FLOAT * config.model.prototypes
+    count = config.train.gradient_accumulation * (iterations + 1)
+    size = FLOAT * config.model.prototypes * assigned  # the crops' vectors travel together
     return [Message("sinkhorn", "all_reduce", size, count, world, "waiting")]
 
 

@@ -86,6 +86,34 @@ def codes_of_part(bounds, batch, prototypes, size):
     return sinkhorn_knopp(scores, epsilon=0.05, iterations=3).numpy()
 
 
+def codes_of_two(together):
+    """Two crops' codes of this rank's samples, and the collectives that they took."""
+    rank, calls = torch.distributed.get_rank(), []
+    crops = [cosines(8, 10)[4 * rank : 4 * rank + 4] * size for size in (1.0, 0.3)]
+    reduce = torch.distributed.all_reduce
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counting
+    try:
+        if together:
+            found = sinkhorn_knopp(torch.stack(crops), epsilon=0.05, iterations=3)
+        else:
+            found = torch.stack([sinkhorn_knopp(c, epsilon=0.05, iterations=3) for c in crops])
+    finally:
+        torch.distributed.all_reduce = reduce
+    return found.numpy(), len(calls)
+
+
+def test_several_matrices_are_balanced_each_by_itself_and_share_the_exchanges(distributed):
+    one_by_one, together = (distributed(codes_of_two, 2, choice) for choice in (False, True))
+    for (expected, calls), (found, fewer) in zip(one_by_one, together, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+        assert (calls, fewer) == (8, 4)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e4])
 @pytest.mark.parametrize(
     "bounds",
@@ -128,7 +156,7 @@ def test_refuses_no_iterations():
         sinkhorn_knopp(cosines(4, 6), epsilon=0.05, iterations=0)
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3, 4), (0, 4)])
-def test_refuses_scores_that_are_no_matrix(shape):
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 4, 5), (0, 4)])
+def test_refuses_scores_that_are_no_matrices(shape):
     with pytest.raises(ValueError, match=r"scores have shape .*, but must be \[B, K\]"):
         sinkhorn_knopp(torch.zeros(shape), epsilon=0.05, iterations=3)
