@@ -67,7 +67,7 @@ def run(arguments: recipe.Arguments) -> int:
     # Longer than the watchdog's patience, which names the ranks that are missing.
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes), config.run.threads)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(distributed.local_world_size())
     failure.watch()
     try:
         stop = attempts.train(
