@@ -36,6 +36,11 @@ class PowerLaw:
     exponent: float
     x_0: float
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether the exponent is an end of those that are tried: the points do not tell it."""
+        return not 1.001 * _EXPONENTS[0] < self.exponent < 0.999 * _EXPONENTS[-1]
+
     def __call__(self, x: Floats | float) -> Floats:
         """The law's y at x."""
         ratio = np.asarray(x, dtype=np.float64) / self.x_0

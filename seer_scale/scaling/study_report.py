@@ -119,13 +119,14 @@ def _laws(panels: Sequence[Panel]) -> tuple[list[str], list[list[str]]]:
             fit = series.fit
             floors = [law.floor for law in fit.laws]
             exponents = [law.exponent for law in fit.laws]
+            limit = " (the points do not tell)" if fit.law.unbounded else ""
             held_out = "too few" if fit.held_out is None else f"{fit.held_out:+.1%}"
             lines.append(
                 [
                     name,
                     str(len(series.x)),
                     _with_band(fit.law.floor, floors),
-                    _with_band(fit.law.exponent, exponents),
+                    _with_band(fit.law.exponent, exponents) + limit,
                     held_out,
                 ]
             )

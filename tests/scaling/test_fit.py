@@ -59,3 +59,9 @@ def test_too_few_points_are_not_fitted() -> None:
 def test_what_is_no_number_is_refused(bad: tuple[list[float], list[float]]) -> None:
     with pytest.raises(ValueError, match="positive"):
         fit_power_law(*bad)
+
+
+def test_points_that_do_not_tell_the_exponent_are_known() -> None:
+    x = [1.0, 2.0, 4.0, 8.0]
+    assert not fit_power_law(x, [1 + value**-0.5 for value in x], samples=2).law.unbounded
+    assert fit_power_law(x, [2.0, 1.0, 1.0, 1.0], samples=2).law.unbounded  # all of it at once
