@@ -425,7 +425,7 @@ class Trainer:
         if not sent and self.config.tracking.enabled:
             self._say(
                 "not everything has reached MLflow yet; the sender goes on for a while, and "
-                f"`python launch/sync.py {self.run_dir}` sends what is left at any time"
+                f"`seer-scale sync {self.run_dir}` sends what is left at any time"
             )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
