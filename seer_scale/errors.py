@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 # A run that a signal stopped has saved and wants to be started again with --resume auto
@@ -55,8 +56,9 @@ def exit_with(error: UserError) -> NoReturn:
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-        print(f"[rank {rank}] ", end="", file=sys.stderr)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):  # the streams may be files on a full disk
+        said = f"[rank {rank}] " if rank != "0" else ""
+        print(f"{said}error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     # Not sys.exit: threads of a process group that other ranks still wait in would hold it up.
     os._exit(error.exit_status)

@@ -427,7 +427,7 @@ class Trainer:
         if not sent and self.config.tracking.enabled:
             self._say(
                 "not everything has reached MLflow yet; the sender goes on for a while, and "
-                f"`python launch/sync.py {self.run_dir}` sends what is left at any time"
+                f"`seer-scale sync {self.run_dir}` sends what is left at any time"
             )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -495,13 +495,14 @@ class Trainer:
     def _open_records(self) -> Records | None:
         if not distributed.is_main():
             return None
-        records = Records(
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        # Before the records, which make a folder a run's: a full disk must not leave one.
+        (self.run_dir / "config.yaml").write_text(recipe.dump(build.public(self.config)))
+        return Records(
             self.run_dir,
             first_step=self.state.step,
             log_samples=self.config.run.log_samples,
         )
-        (self.run_dir / "config.yaml").write_text(recipe.dump(build.public(self.config)))
-        return records
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -85,6 +85,35 @@ def test_troubleshooting_quotes_the_program() -> None:
             assert fragment.strip(" ?:") in said, f"nothing in the code says {fragment!r}: {quote}"
 
 
+SCRIPT = re.compile(r"(?<!tests/)\blaunch/(\w+)\.py")
+LAUNCHERS = ("deepspeed", "torchrun")  # they want a file
+ELSEWHERE = {"log.md", "performance.md"}  # what was, and what was measured
+
+
+def scripts_without_launcher(text: str) -> list[str]:
+    """Mentions of a script of launch/ that no launcher starts, in its line or the one continued."""
+    found, before = [], ""
+    for line in text.splitlines():
+        line = before + line
+        before = line if line.endswith("\\") else ""
+        if not any(launcher in line for launcher in LAUNCHERS):
+            found += SCRIPT.findall(line)
+    return found
+
+
+def test_commands_are_written_as_they_are_typed() -> None:
+    """`seer-scale X`, in pages as in messages; files of launch/ only where launchers want one."""
+    for page in PAGES:
+        if page.name not in ELSEWHERE:
+            # The README says once that the files are the commands.
+            assert scripts_without_launcher(page.read_text()) == ["NAME"] * (page.stem == "README")
+    for path in ROOT.glob("seer_scale/**/*.py"):
+        text = path.read_text()
+        # Behind launchers that stand in a variable.
+        assert scripts_without_launcher(text.replace("_launcher(self)", LAUNCHERS[0])) == [], path
+    assert scripts_without_launcher("`python launch/sync.py runs/x`") == ["sync"]
+
+
 def example(page: Path, name: str) -> str:
     """The block of a page that defines class `name`, with what it needs to be imported."""
     (source,) = [text for text in blocks(page, "python") if f"class {name}" in text]

@@ -55,6 +55,7 @@ LAYERS = {
     "seer_scale.sgd_update": 1,
     "seer_scale.tensor_file": 1,
     "seer_scale.disk": 0,
+    "seer_scale.disk_refusal": 0,
     "seer_scale.objectives": 1,
     "seer_scale.schedules": 1,
     "seer_scale.parallel.distributed": 0,

@@ -18,7 +18,8 @@ def make_room(partial: Path, needed: int) -> str | None:
         free = shutil.disk_usage(partial).free
     except OSError as error:
         return one_line(error)
-    if free < needed + SPARE_BYTES:
+    needed += SPARE_BYTES
+    if free < needed:
         shutil.rmtree(partial, ignore_errors=True)
         return (
             f"it needs {needed / 2**30:.2f} GiB and {partial.parent} has {free / 2**30:.2f} GiB "

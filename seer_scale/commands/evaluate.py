@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seer_scale.argument_types import Parser
+from seer_scale.disk_refusal import refusal
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.evaluation.options import (
     build_options,
@@ -123,6 +124,9 @@ def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> No
         failure.mark()
         raise
     except Exception as error:
+        if refusal(error):
+            failure.mark()
+            raise
         failure.end(error)
     if distributed.is_main():
         report = {

@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from seer_scale import recipe
+from seer_scale.disk_refusal import refusal
 from seer_scale.ds_config import load_ds_config, resolve_ds_config
 from seer_scale.errors import REQUEUE_STATUS, UserError
 from seer_scale.shipped import RECIPES
@@ -82,6 +83,9 @@ def run(arguments: recipe.Arguments) -> int:
         failure.mark()
         raise
     except Exception as error:
+        if refusal(error):
+            failure.mark()
+            raise
         if not is_out_of_memory(error):
             failure.end(error)
         sentence = out_of_memory(

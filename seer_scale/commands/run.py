@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from seer_scale import __version__
+from seer_scale.disk_refusal import refusal, sentence
 from seer_scale.errors import ConfigError, UserError, exit_with
 
 COMMANDS = {
@@ -45,12 +46,22 @@ HELP = "\n".join(
 
 
 def run(command: str, argv: list[str]) -> NoReturn:
-    """Runs one of `COMMANDS` and leaves; a user's mistake is one sentence and its exit status."""
-    module = import_module(f"seer_scale.commands.{command}")
+    """Runs one of `COMMANDS` and leaves; a user's mistake is one sentence and its exit status.
+
+    So is a disk that takes nothing, whoever tried to write to it.
+    """
     try:
-        sys.exit(module.main(argv))
+        module = import_module(f"seer_scale.commands.{command}")
+        status = module.main(argv)
+        sys.stdout.flush()  # it may lie on such a disk
+        sys.exit(status)
     except UserError as error:
         exit_with(error)
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        exit_with(UserError(sentence(refused, argv)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

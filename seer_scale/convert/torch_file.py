@@ -42,8 +42,15 @@ def write_torch_file(
 
     with FakeTensorMode():
         empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(nest(empty), path)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(nest(empty), path)
+    except RuntimeError:
+        # torch's writer does not say what the disk told it; if it was the disk, it says so again.
+        with path.open("wb") as file:
+            size = sum(kind.numel * kind.dtype.itemsize for kind in kinds.values())
+            os.posix_fallocate(file.fileno(), 0, size)
+        raise
     # Loading with names for a nest tells where each tensor's bytes belong.
     places = _places(path, nest, kinds)
     checksums = {}

@@ -117,6 +117,8 @@ def write_tiles(
             unfinished.rename(target)
         except OSError:  # another process was faster
             _check_written(target, settings)
+    except OSError as error:
+        raise DataError(f"tiles cannot be written to {target}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return tiles

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from seer_scale.tensor_file import Kind, write_tensors
 
 _STATE = "state"  # of the safetensors file's metadata
 
@@ -113,7 +114,13 @@ class Heads:
     def save(self, path: Path, state: Mapping[str, int | str]) -> None:
         """Writes weights, statistics and momenta in one step, with a few values beside them."""
         fresh = path.with_name(f"{path.name}.writing")
-        save_file(self._tensors(), fresh, {_STATE: json.dumps(dict(state))})
+        tensors = self._tensors()
+        write_tensors(
+            fresh,
+            {name: Kind(x.dtype, tuple(x.shape)) for name, x in tensors.items()},
+            lambda name: tensors[name],
+            {_STATE: json.dumps(dict(state))},
+        )
         os.replace(fresh, path)
 
     def load(self, path: Path) -> dict[str, int | str]:

@@ -55,7 +55,7 @@ def out_of_memory(
         f"{said}: the planner counts {own.memory.total / GIB:.3g} GiB of tensors a rank, "
         f"{own.memory.activations / GIB:.3g} of them activations; "
         f"{knobs or 'no knob frees much: use GPUs with more memory, or more of them'}; "
-        "launch/plan.py --search says what fits"
+        "`seer-scale plan --search` says what fits"
     )
 
 

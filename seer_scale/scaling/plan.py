@@ -29,7 +29,7 @@ from seer_scale.scaling.shape import Shape, regions, shape_of
 from seer_scale.scaling.step_time import StepTime, step_time
 from seer_scale.shipped import RECIPES
 
-# Name -> arguments of launch/pretrain.py.
+# Name -> arguments of `seer-scale pretrain`.
 STRATEGIES: dict[str, tuple[str, ...]] = {
     **{name: (f"sharding.strategy={name}",) for name in ("ddp", "fsdp", "hsdp")},
     **{f"zero{n}": ("--deepspeed_config", f"ds_configs/zero{n}.json") for n in range(4)},
@@ -42,7 +42,7 @@ class Plan:
 
     Attributes:
         config: the resolved configuration.
-        arguments: of launch/pretrain.py that give it.
+        arguments: of `seer-scale pretrain` that give it.
         hardware: of a rank.
         hardware_name: of its profile.
         strategy: of `STRATEGIES`.

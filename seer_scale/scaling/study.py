@@ -35,7 +35,7 @@ class Evaluation(_Section):
     """What every finished point is judged by.
 
     Attributes:
-        data: labelled set, as `launch/evaluate.py --data` takes it.
+        data: labelled set, as `seer-scale evaluate --data` takes it.
         tasks: names of tasks, each with its options.
     """
 
@@ -60,7 +60,7 @@ class Study(_Section):
         set: further keys of all points, `section.key: value`.
         evaluate: what finished points are judged by.
         retries: how often a failed point is started again.
-        hardware: profile that costs are planned for; see launch/plan.py.
+        hardware: profile that costs are planned for; see `seer-scale plan`.
     """
 
     name: Text
@@ -108,7 +108,7 @@ class Point:
     Attributes:
         name: of the point and its run folder.
         trunk, seed, images, objective: what sets it apart.
-        arguments: of launch/pretrain.py.
+        arguments: of `seer-scale pretrain`.
         config: as that resolves them.
     """
 

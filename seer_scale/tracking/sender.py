@@ -1,4 +1,4 @@
-"""The processes that send: one detached beside the training, or `launch/sync.py` later.
+"""The processes that send: one detached beside the training, or `seer-scale sync` later.
 
     python -m seer_scale.tracking.sender RUN_DIR [--drain SECONDS]
 
@@ -160,7 +160,7 @@ def follow(folder: Path, lock: SenderLock, training: Callable[[], bool], drain_s
                     _end_if_killed(delivery)
                     return
         if ended_at is not None and time.monotonic() - max(ended_at, progress_at) > drain_s:
-            _say(f"{delivery.left()} events are left for launch/sync.py")
+            _say(f"{delivery.left()} events are left for `seer-scale sync`")
             return
         time.sleep(POLL_S)
 

@@ -1,6 +1,6 @@
 """The spool: what a run wants to tell MLflow, one JSON object a line, in the run's own folder.
 
-The training process only ever appends to this file. A sender (another process, or `launch/sync.py`
+The training process only ever appends to this file. A sender (another process, or `seer-scale sync`
 later) reads it, so no server that is down, slow or wrong can stop or slow the training.
 """
 
@@ -186,7 +186,7 @@ class Tracker:
         A server that is failing gets one more attempt of `RETRY_S` seconds and no further wait.
 
         Returns:
-            Whether it was; otherwise the sender goes on a while, and `launch/sync.py` sends the
+            Whether it was; otherwise the sender goes on a while, and `seer-scale sync` sends the
             rest at any time.
         """
         if self._file.closed:

@@ -94,7 +94,7 @@ def _start_sender(tracker: Tracker, uri: str, drain_s: float) -> None:
         except (OSError, subprocess.SubprocessError) as error:
             warnings.warn(
                 f"no process sends this run to MLflow ({redact(str(error))}, see {log.name}); "
-                "launch/sync.py does it later",
+                f"`seer-scale sync {tracker.run_dir}` does it later",
                 stacklevel=3,
             )
 

@@ -10,6 +10,7 @@ from seer_scale.data.decode import decode
 from seer_scale.data.sources import open_source
 from seer_scale.data.tiles import PHOTOGRAPHS, load_photographs, regions, write_tiles
 from seer_scale.errors import DataError
+from tests.checkpoint.test_saving import largest_file
 
 FEW = {"train_per_photograph": 3, "bank_per_photograph": 2, "queries_per_photograph": 2}
 
@@ -17,6 +18,12 @@ FEW = {"train_per_photograph": 3, "bank_per_photograph": 2, "queries_per_photogr
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     return write_tiles(tmp_path_factory.mktemp("demo") / "tiles", **FEW)
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path):
+    with largest_file(4096), pytest.raises(DataError, match=r"tiles cannot be written to .*demo: "):
+        write_tiles(tmp_path / "demo", **FEW)
+    assert list(tmp_path.iterdir()) == []
 
 
 def contents(folder):

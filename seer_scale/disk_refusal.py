@@ -1,0 +1,79 @@
+"""A disk that refuses (full, over quota, read-only, somebody else's), as the sentence a user sees.
+
+Whoever writes raises what the system says, and only the command knows what the user typed. The
+system names a file only where it could not be opened: a write that fails says "no space left" and
+not where. So the place is looked for among those that the command line names.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ADVICE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "have it mounted for writing",
+    errno.EACCES: "see to its permissions",
+}
+HARDLY_ANY = 1 << 20  # bytes: a disk with less may have refused a write
+
+
+def refusal(error: BaseException) -> OSError | None:
+    """The disk's refusal that an exception is, or was raised from; None for any other."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in ADVICE:
+            return seen
+        if isinstance(seen, sqlite3.OperationalError) and _is_full(seen):  # MLflow's database
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seen = seen.__cause__
+    return None
+
+
+def sentence(error: OSError, argv: Sequence[str]) -> str:
+    """What to tell of a refusal.
+
+    Args:
+        error: see `refusal`.
+        argv: the command line, which names the places that may be full.
+    """
+    where = error.filename or ", ".join(_full(argv)) or "the disk"
+    advice = ADVICE[error.errno or 0]
+    return f"{where} cannot be used ({error.strerror}): {advice}, or name another place"
+
+
+def _is_full(error: sqlite3.OperationalError) -> bool:
+    # Not there if it was not SQLite that raised.
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+def _full(argv: Sequence[str]) -> Iterator[str]:
+    """Words of the command line, and places that it need not name, that lie on a full disk."""
+    for label, path in [*_named(argv), *_implied()]:
+        there = next(place for place in (path, *path.parents) if os.path.exists(place))
+        room = os.statvfs(there)
+        if room.f_bavail * room.f_frsize < HARDLY_ANY:
+            yield label
+
+
+def _named(argv: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    before = ""
+    for word in argv:
+        value = (word.partition("=")[2] or word).removeprefix("sqlite:///")
+        if os.sep in value and "://" not in value:  # a bare name lies in the current folder
+            of_an_option = before.startswith("--") and "=" not in word
+            yield f"{before} {word}" if of_an_option else word, Path(value).absolute()
+        before = word
+
+
+def _implied() -> Iterator[tuple[str, Path]]:
+    yield "the current folder", Path.cwd()
+    yield "the folder for temporary files", Path(tempfile.gettempdir())
+    if os.path.isfile("/dev/stdout"):
+        yield "standard output", Path("/dev/stdout")
