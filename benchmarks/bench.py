@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import bench_parts, record, train_step
+from seer_scale.performance.host_memory import keep_freed_memory
 from seer_scale.ports import free_port
 
 COMMAND = "make bench"
@@ -148,6 +149,7 @@ def main() -> int:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     dist.init_process_group("gloo")
+    keep_freed_memory()  # as launch/pretrain.py does
     found: dict[str, list[Row]] = {}
     missed: list[str] = []
     for name in given.sections or SECTIONS:

@@ -44,11 +44,18 @@ def update_(
         return
     if skipped:  # what is on the host need not be waited for
         return
-    for value, grad, velocity, a, b in zip(values, grads, momenta, on_grad, on_value, strict=True):
+    for value, grad, velocity, *factors in zip(
+        values, grads, momenta, on_grad, on_value, strict=True
+    ):
+        a, b = map(float, factors)
         for p, g, m in zip(_chunks(value), _chunks(grad), _chunks(velocity), strict=True):
-            g.mul_(a).addcmul_(p, b)
-            m.mul_(momentum).add_(g)
-            p.add_(g.add_(m, alpha=momentum) if nesterov else m, alpha=-lr)
+            if nesterov:
+                g.mul_(a).add_(p, alpha=b)
+                m.mul_(momentum).add_(g)
+                p.add_(g.add_(m, alpha=momentum), alpha=-lr)
+            else:  # without writing to g, which would go back to memory
+                m.mul_(momentum).add_(g, alpha=a).add_(p, alpha=b)
+                p.add_(m, alpha=-lr)
 
 
 def fused_update_(
