@@ -9,7 +9,7 @@ from torch import nn
 
 from seer_scale.errors import ConfigError
 from seer_scale.models import TRUNKS, RegNetConfig, build_trunk
-from seer_scale.models.regnet import RegNet
+from seer_scale.models.regnet import Block, PointwiseConv, RegNet
 
 # depths, widths, groups per stage, parameters, tensors of the state dict, BatchNorm layers
 SEER = {
@@ -219,3 +219,40 @@ def test_group_wider_than_a_stage_shrinks_to_it():
     assert [(s.width, s.group_width) for s in config.stages] == [(24, 24), (80, 40), (160, 40)]
     with torch.device("meta"):
         assert RegNet(config).width == 160
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_pointwise_convolution_is_a_matrix_product_in_channels_last(size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, size, size, dtype=torch.float64)
+    found = []
+    for kind in (nn.Conv2d, PointwiseConv):
+        torch.manual_seed(1)
+        layer = kind(6, 10, 1, bias=False, dtype=torch.float64)
+        own = x.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = layer(own)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.square().sum().backward()
+        found.append((y, own.grad, layer.weight.grad))
+        assert torch.equal(layer(x), nn.Conv2d.forward(layer, x))  # contiguous: torch's own
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_keeps_channels_last_with_one_thread_and_few_images() -> None:
+    trunk = build_trunk("regnety_debug").train()
+    seen = []
+    for module in trunk.trunk_output.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda layer, inputs, y: seen.append((inputs[0], y)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trunk(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+    finally:
+        torch.set_num_threads(threads)
+    shortcuts = [module for module in trunk.modules() if isinstance(module, Block) and module.proj]
+    assert len(seen) == 3 * 6 + len(shortcuts)
+    for x, y in seen:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.channels_last)
