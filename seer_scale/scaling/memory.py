@@ -159,15 +159,19 @@ class _Walk:
         moments = []
         for index in range(len(self.parts) - 1, -1, -1):
             done += self.parts[index].whole
+            # A bucket that is full is reduced while the pass goes on.
+            reduction = self._reduction() if done > self._bucket() else 0
             moments.append(
                 _Moment(
                     self._gradients(done),
                     activations[index],
-                    self._standing() + self._buckets(done) + self._under_way(index),
+                    self._standing() + self._buckets(done) + reduction + self._under_way(index),
                     FLOAT * self._gathered(index),
                 )
             )
-        return moments
+        # The last bucket is reduced when the pass is over, full or not.
+        last = self._standing() + self._buckets(done) + self._reduction()
+        return [*moments, _Moment(self.state.gradients, float(self.profile.ends), last, 0)]
 
     def _activations(self) -> list[float]:
         """Bytes while the backward pass is in each part: what is held before it, and its own."""
@@ -191,19 +195,28 @@ class _Walk:
         return most
 
     def _gradients(self, done: int) -> float:
-        """Bytes of complete gradients, once the backward pass has left `done` parameters behind."""
+        """Bytes of kept gradients, once the backward pass has left `done` parameters behind."""
         if self.config.sharding.strategy == "ddp" and self.world > 1:
             return self.state.gradients  # views of buckets that are never freed
         if self.stage == 3:
             return self.state.gradients  # DeepSpeed keeps room for its part
+        if self.stage == 2 and self.world > 1:  # its part of the buckets that were reduced
+            size = self._bucket()
+            return self.state.gradients * min(1.0, done // size * size / self.shape.total)
         return self.state.gradients * min(1.0, done / self.shape.total)
 
     def _standing(self) -> float:
-        """Stage 3's bucket, which is always there, and what a reduction copies out of it."""
+        """Stage 3's bucket, which is always there."""
         if self.stage != 3:
             return 0
         size = self._bucket()
-        return 2 * FLOAT * (min(size, self.shape.total) if self.on_touch else size)
+        return FLOAT * (min(size, self.shape.total) if self.on_touch else size)
+
+    def _reduction(self) -> float:
+        """What ZeRO copies out of a bucket to reduce it."""
+        if self.stage == 0 or self.world == 1:
+            return 0
+        return FLOAT * min(self._bucket(), self.shape.total)
 
     def _buckets(self, done: int) -> float:
         """Of the backward pass, which fills them with gradients."""
