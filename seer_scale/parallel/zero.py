@@ -112,7 +112,7 @@ class ZeroEngine:
     def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._stage == 3:  # a pass whose backward was left out leaves calls behind
             for module in self.model.modules():
-                module.ds_grads_remaining = 0  # type: ignore[assignment]
+                vars(module)["ds_grads_remaining"] = 0
         embeddings, scores = self._engine(crops, queue)
         return embeddings, scores
 
@@ -190,14 +190,15 @@ class ZeroEngine:
 # would be freed after the first one's backward pass, be gathered again for the other's, and stay
 # whole until the end: by then every rank would hold the whole model.
 def _remember_calls(module: nn.Module, _: object) -> None:
-    module._calls_before = getattr(module, "ds_grads_remaining", 0)  # type: ignore[assignment]
+    own = vars(module)
+    own["_calls_before"] = own.get("ds_grads_remaining", 0)
 
 
 def _add_calls(module: nn.Module, _: object) -> None:
-    if torch._C._current_graph_task_id() == -1:
-        module.ds_grads_remaining += module._calls_before  # type: ignore[operator, assignment]
-    else:  # in a recomputation, through which no gradient goes
-        module.ds_grads_remaining = module._calls_before
+    own = vars(module)
+    if torch._C._current_graph_task_id() != -1:  # a recomputation: no gradient goes through it
+        own["ds_grads_remaining"] = 0
+    own["ds_grads_remaining"] += own["_calls_before"]
 
 
 def _device(zero: dict[str, Any], section: str) -> str:
