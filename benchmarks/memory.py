@@ -137,14 +137,21 @@ def images_of(config: RunConfig) -> list[tuple[int, int]]:
     return list(zip(images, config.data.crop_sizes, strict=True))
 
 
-def forward_and_backward(engine: Engine, config: RunConfig) -> None:
+def forward_and_backward(
+    engine: Engine,
+    config: RunConfig,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:
     """With the run's objective, on noise; only the engine's own tensors outlive it."""
     objective = build_objective(
         config.objective.name,
         crops=sum(config.data.crop_counts),
         options=config.objective.options,
     )
-    crops = [torch.randn(count, 3, size, size) for count, size in images_of(config)]
+    crops = [
+        torch.randn(count, 3, size, size).contiguous(memory_format=memory_format)
+        for count, size in images_of(config)
+    ]
     embeddings, scores = engine(crops, None)
     loss, _ = objective(embeddings, scores)
     engine.backward(loss)

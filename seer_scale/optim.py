@@ -155,7 +155,7 @@ class SliceSGD(torch.optim.Optimizer):
             return
         values = [self._valid(group, parameter, parameter) for group, parameter in present]
         grads = [
-            self._valid(group, parameter, torch.cat([g.view(-1) for g in gradients[group["name"]]]))
+            self._valid(group, parameter, _joined(gradients[group["name"]]))
             for group, parameter in present
         ]
         norms = self._whole_norms(values, grads)  # [2, tensors]
@@ -347,3 +347,8 @@ class SliceSGD(torch.optim.Optimizer):
         norms = norms.masked_fill_(skipped, 1)  # or rows would change in their last bit
         padded = padded.view(touched, width).div_(norms[:, None]).view(-1)
         flat[:length] = padded[lead : lead + length]
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    # One piece, which is the rule, is not copied: a copy of each would be the gradients once more.
+    return pieces[0] if len(pieces) == 1 else torch.cat([piece.view(-1) for piece in pieces])

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from seer_scale.scaling.search import Found
 
 SHOWN = 12  # lines of a search
+DESCRIPTION = """\
+Memory, traffic, time and cost of a run on hardware that need not be there.
+
+A plan that does not fit is an answer and no error: the last lines say by how much and what would,
+`fits` in the JSON says it to scripts, and the exit status is 0.
+"""
 EXAMPLES = """\
   seer-scale plan --recipe seer_256gf --hardware h100_80gb --nodes 8 --gpus-per-node 8
   seer-scale plan --recipe seer_rg10b --hardware a100_40gb --nodes 62 --gpus-per-node 8 \\
@@ -29,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         usage="%(prog)s --recipe R --hardware H --nodes N --gpus-per-node G [--strategy S] "
         "[--search] [--images I] [--json FILE] [section.key=value ...]",
-        description="Memory, traffic, time and cost of a run on hardware that need not be there.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -144,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{unknown[0]} is not an option; see --help")
 
     # torch is first imported here: --help answers at once.
+    from seer_scale.scaling.memory import GIB
     from seer_scale.scaling.plan import plan, write_json
     from seer_scale.scaling.search import nodes_needed, search
 
@@ -159,6 +166,9 @@ def main(argv: Sequence[str]) -> int:
     content = own.to_dict()
     if not options.search:
         print(describe(own))
+        if not own.fits:
+            takes, has = own.memory.total / GIB, own.hardware.usable_gib
+            print(f"\nthis plan does not fit: a rank takes {takes:.1f} GiB and has {has:.1f}")
     if options.search or not own.fits:
         found = search(
             options.recipe, options.hardware, nodes=options.nodes, overrides=rest, **where

@@ -99,6 +99,10 @@ class ZeroEngine:
             config=ds_config,
             dist_init_required=False,
         )
+        if self._stage == 3:
+            for module in model.modules():
+                module.register_forward_pre_hook(_remember_calls, prepend=True)
+                module.register_forward_pre_hook(_add_calls)
         if self._stage == 2 and self._offload == "none":
             # DeepSpeed would keep the whole gradient of a tensor that reaches into this rank's
             # partition, and with one group per tensor all of them do. Its buffer for no more than
@@ -106,6 +110,9 @@ class ZeroEngine:
             self._engine.optimizer._use_compact_grad_partition_buffer = lambda group: True
 
     def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._stage == 3:  # a pass whose backward was left out leaves calls behind
+            for module in self.model.modules():
+                vars(module)["ds_grads_remaining"] = 0
         embeddings, scores = self._engine(crops, queue)
         return embeddings, scores
 
@@ -180,6 +187,22 @@ class ZeroEngine:
             if self._stage == 3:
                 for group in self.param_groups:
                     group["params"] = []
+
+
+# Stage 3 frees a layer when as many gradients have come to its inputs as it has had calls. But
+# DeepSpeed starts to count anew at every call, so that a layer which two resolutions go through
+# would be freed after the first one's backward pass, be gathered again for the other's, and stay
+# whole until the end: by then every rank would hold the whole model.
+def _remember_calls(module: nn.Module, _: object) -> None:
+    own = vars(module)
+    own["_calls_before"] = own.get("ds_grads_remaining", 0)
+
+
+def _add_calls(module: nn.Module, _: object) -> None:
+    own = vars(module)
+    if torch._C._current_graph_task_id() != -1:  # a recomputation: no gradient goes through it
+        own["ds_grads_remaining"] = 0
+    own["ds_grads_remaining"] += own["_calls_before"]
 
 
 def _device(zero: dict[str, Any], section: str) -> str:

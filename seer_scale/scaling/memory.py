@@ -154,28 +154,40 @@ class _Walk:
 
     def backward(self) -> list[_Moment]:
         """One moment for the head, every block and the stem."""
-        activations = self._activations()
+        activations, held = self._activations()
         done = 0
         moments = []
+        by_unit = self.config.sharding.strategy in ("fsdp", "hsdp") and self.world > 1
         for index in range(len(self.parts) - 1, -1, -1):
-            done += self.parts[index].whole
+            behind, done = done, done + self.parts[index].whole
+            # A bucket that is full is reduced while the pass goes on.
+            reduction = self._reduction() if done > self._bucket() else 0
             moments.append(
                 _Moment(
-                    self._gradients(done),
+                    self._gradients(behind if by_unit else done),
                     activations[index],
-                    self._standing() + self._buckets(done) + self._under_way(index),
+                    self._standing() + self._buckets(done) + reduction + self._under_way(index),
                     FLOAT * self._gathered(index),
                 )
             )
-        return moments
+            if by_unit:
+                # The part is done: its activations and weights are free, its gradients are there
+                # as autograd left them and as the reduction's input.
+                whole = 2 * FLOAT * max(self.parts[index].units)
+                moments.append(_Moment(self._gradients(done), held[index], whole, 0))
+        # The last bucket is reduced when the pass is over, full or not.
+        last = self._standing() + self._buckets(done) + self._reduction()
+        return [*moments, _Moment(self.state.gradients, float(self.profile.ends), last, 0)]
 
-    def _activations(self) -> list[float]:
-        """Bytes while the backward pass is in each part: what is held before it, and its own."""
+    def _activations(self) -> tuple[list[float], list[float]]:
+        """Bytes while the backward pass is in each part, and what of them is held before it."""
         profile = self.profile
         most = [float(profile.ends + profile.stem.peak)]
         held = profile.ends + profile.stem.held
+        before = [float(profile.ends)]
         for index, block in enumerate(profile.blocks):
             region = self.region_of.get(index)
+            before.append(held)
             if region is None:
                 most.append(held + block.kept.peak)
                 held += block.kept.held
@@ -184,26 +196,36 @@ class _Walk:
                 held += block.recomputed.held
             else:
                 inside = sum(profile.blocks[b].kept.held for b in region if b < index)
+                before[-1] += inside
                 most.append(held + inside + block.kept.peak)
                 if index == region[-1]:  # only what leaves a region is held
                     held += block.recomputed.held
         most.append(held + profile.head.peak)
-        return most
+        return most, [*before, held]
 
     def _gradients(self, done: int) -> float:
-        """Bytes of complete gradients, once the backward pass has left `done` parameters behind."""
+        """Bytes of kept gradients, once the backward pass has left `done` parameters behind."""
         if self.config.sharding.strategy == "ddp" and self.world > 1:
             return self.state.gradients  # views of buckets that are never freed
         if self.stage == 3:
             return self.state.gradients  # DeepSpeed keeps room for its part
+        if self.stage == 2 and self.world > 1:  # its part of the buckets that were reduced
+            size = self._bucket()
+            return self.state.gradients * min(1.0, done // size * size / self.shape.total)
         return self.state.gradients * min(1.0, done / self.shape.total)
 
     def _standing(self) -> float:
-        """Stage 3's bucket, which is always there, and what a reduction copies out of it."""
+        """Stage 3's bucket, which is always there."""
         if self.stage != 3:
             return 0
         size = self._bucket()
-        return 2 * FLOAT * (min(size, self.shape.total) if self.on_touch else size)
+        return FLOAT * (min(size, self.shape.total) if self.on_touch else size)
+
+    def _reduction(self) -> float:
+        """What ZeRO copies out of a bucket to reduce it."""
+        if self.stage == 0 or self.world == 1:
+            return 0
+        return FLOAT * min(self._bucket(), self.shape.total)
 
     def _buckets(self, done: int) -> float:
         """Of the backward pass, which fills them with gradients."""
@@ -219,8 +241,10 @@ class _Walk:
         """Whole gradients that are not reduced yet."""
         part = self.parts[index]
         if self.config.sharding.strategy in ("fsdp", "hsdp"):
-            # As autograd leaves them, and once more as the reduction's input.
-            return 2 * FLOAT * max(part.units) if self.world > 1 else 0
+            # The part's own come while its activations go; see `backward` for when it is done. The
+            # part behind it has left the input of its reduction.
+            behind = [max(part.units) for part in self.parts[index + 1 : index + 2]]
+            return FLOAT * sum(behind) if self.world > 1 else 0
         alone = self.world == 1 and self.config.sharding.strategy == "ddp"
         return 0 if alone else FLOAT * part.largest_tensor
 

@@ -115,9 +115,10 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(
 ) -> None:
     found = keep(tmp_path, "--recipe", "seer_rg10b", *WHERE, "--strategy", "ddp")
     printed = capsys.readouterr().out
-    assert found["fits"] is False
-    assert "does not fit" in printed
-    assert "GiB too much" in printed
+    assert found["fits"] is False  # and the status is 0, which `keep` asserts
+    needed, has = found["memory_gib_per_rank"]["total"], found["memory_gib_available"]
+    assert f"this plan does not fit: a rank takes {needed:.1f} GiB and has {has:.1f}\n" in printed
+    assert f"does not fit, {needed - has:.1f} GiB too much" in printed
     # No way under ddp: another strategy, on more nodes.
     assert "nothing fits here: the least is" in printed
     assert "nodes of this kind" in printed
@@ -125,6 +126,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(
          "sharding.sync_bn_group_size=8")  # fmt: skip
     printed = capsys.readouterr().out
     assert "what fits here, the fastest:" not in printed  # the micro-batch was named
+
+
+def test_help_says_what_the_status_is() -> None:
+    text = " ".join(command.parser().format_help().split())
+    assert "`fits` in the JSON says it to scripts, and the exit status is 0" in text
 
 
 @pytest.mark.parametrize(

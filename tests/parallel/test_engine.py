@@ -18,6 +18,7 @@ from tests.parallel.parity import (
     CASES,
     CROPS,
     LR,
+    Case,
     K,
     build_engine,
     configuration,
@@ -87,3 +88,45 @@ def test_accumulation_equals_the_whole_batch(distributed: Distributed, name: str
     for key, value in tensors.items():
         torch.testing.assert_close(tensors2[key], value, rtol=1e-4, atol=1e-5, msg=key)
     torch.testing.assert_close(tensors2["prototypes.weight"].norm(dim=1), torch.ones(K))
+
+
+# Stage 3 that keeps nothing for later.
+EAGER = Case(
+    "zero",
+    zero={
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    },
+)
+
+
+def still_whole(checkpointing: str) -> list[float]:
+    """Of each of two steps: the share of weights that is whole when the first block is reached."""
+    engine = build_engine(EAGER, configuration(EAGER, checkpointing), CPU)
+    own: list[Any] = list(engine.model.parameters())
+    found: list[float] = []
+
+    def look(_: object) -> None:
+        whole = sum(p.ds_numel for p in own if p.ds_status.name == "AVAILABLE")
+        found.append(whole / sum(p.ds_numel for p in own))
+
+    engine.model.blocks()[0][0].f.a[0].weight.register_hook(look)  # type: ignore[operator]
+    for step in range(2):
+        apply_schedule(engine.param_groups, lr=LR)
+        _, scores = engine(my_crops(step, CPU), None)
+        engine.backward(scores.square().mean())
+        engine.step()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_stage_3_frees_a_layer_that_two_resolutions_go_through(
+    distributed: Distributed, checkpointing: str
+) -> None:
+    assert len(CROPS) == 2
+    for first, second in distributed(still_whole, 2, checkpointing):
+        assert 0 < first < 0.05
+        assert 0 < second < 0.05

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from seer_scale.models import TRUNKS, build_model
+from seer_scale.scaling import plan
 from seer_scale.scaling.flops import Flops, count_flops
 
 HEAD, PROTOTYPES, SIZES, COUNTS = (64, 16), 50, (96, 65), (2, 3)
@@ -27,25 +30,51 @@ def mine(trunk: str, **more: Any) -> Flops:
     )
 
 
-def per_weight_and_input(
-    grad: Any, x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    """A convolution's backward pass: one forward's worth for each gradient that is asked for."""
-    mask = _[-1]
-    return sum(mask[:2]) * conv_flop_count(x, weight, grad)
+class WrittenOut(nn.Module):
+    """A grouped convolution as what it is, one convolution per group."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        parts = zip(x.chunk(layer.groups, 1), layer.weight.chunk(layer.groups), strict=True)
+        stride, padding = layer.stride, layer.padding
+        return torch.cat([F.conv2d(part, w, None, stride, padding) for part, w in parts], 1)
 
 
-def counted(trunk: str, device: str, mapping: dict[Any, Any] | None = None) -> tuple[int, int]:
-    """Operations per image of the forward pass, and of both."""
+def write_groups_out(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d) and child.groups > 1:
+                assert child.bias is None
+                assert child.dilation == (1, 1)
+                setattr(parent, name, WrittenOut(child))
+
+
+def counted(
+    trunk: str,
+    device: str,
+    *,
+    written_out: bool = False,
+    head: tuple[int, ...] = HEAD,
+    prototypes: int = PROTOTYPES,
+    sizes: tuple[int, ...] = SIZES,
+    counts: tuple[int, ...] = COUNTS,
+) -> tuple[int, int]:
+    """torch's operations per image of the forward pass, and of both passes."""
     model = build_model(
-        trunk, head_dims=HEAD, head_batch_norm=False, prototypes=PROTOTYPES, device=device
+        trunk, head_dims=head, head_batch_norm=False, prototypes=prototypes, device=device
     ).train()
+    if written_out:
+        write_groups_out(model)
     images = 2
     crops = [
         torch.empty(images * count, 3, size, size, device=device)
-        for size, count in zip(SIZES, COUNTS, strict=True)
+        for size, count in zip(sizes, counts, strict=True)
     ]
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False) as counter:
         _, scores = model(crops)
         forward = counter.get_total_flops()
         scores.sum().backward()
@@ -61,15 +90,52 @@ def test_every_trunk_counts_as_torch_does(trunk: str) -> None:
     assert counted(trunk, "meta") == (found.forward, found.torch_counter)
 
 
+def test_torch_counts_a_grouped_weights_gradient_once_per_group() -> None:
+    layer = nn.Conv2d(12, 12, 3, padding=1, groups=4, bias=False)
+    x = torch.randn(2, 12, 5, 5, requires_grad=True)
+    found = []
+    for run in (layer, WrittenOut(layer)):
+        with FlopCounterMode(display=False) as counter:
+            y = run(x)
+            forward = counter.get_total_flops()
+            y.square().sum().backward()
+        found.append((forward, counter.get_total_flops(), y))
+    (grouped, grouped_both, y), (written, written_both, same) = found
+    torch.testing.assert_close(y, same)
+    assert grouped == written
+    assert written_both == 3 * written
+    assert grouped_both == (1 + 1 + 4) * grouped
+
+
 @pytest.mark.parametrize(
-    "trunk", ["regnety_debug", pytest.param("regnety_8gf", marks=pytest.mark.slow)]
+    "trunk",
+    [
+        *("regnety_debug", "regnety_8gf"),
+        *[pytest.param(name, marks=pytest.mark.slow) for name in ("regnety_400mf", *LARGE)],
+    ],
 )
-def test_training_is_torchs_count_with_grouped_gradients_counted_once(trunk: str) -> None:
-    mapping = {torch.ops.aten.convolution_backward: per_weight_and_input}
+def test_training_is_torchs_count_with_the_groups_written_out(trunk: str) -> None:
     found = mine(trunk)
-    _, both = counted(trunk, "meta", mapping)
-    assert both == pytest.approx(found.training, rel=0.01)
-    assert both == found.training
+    assert counted(trunk, "meta", written_out=True) == (found.forward, found.training)
+
+
+def test_the_plans_figures_are_these() -> None:
+    found = plan("debug", "cpu", nodes=1, gpus_per_node=1)
+    own, data = found.config.model, found.config.data
+    options: dict[str, Any] = {
+        "head": own.head_dims,
+        "prototypes": own.prototypes,
+        "sizes": data.crop_sizes,
+        "counts": data.crop_counts,
+    }
+    raw = counted(own.trunk, "meta", **options)
+    forward, training = counted(own.trunk, "meta", written_out=True, **options)
+    json = found.to_dict()
+    # Equal here; the plan promises 1 %.
+    assert json["flops"]["forward"] == pytest.approx(forward, rel=0.01)
+    assert json["flops_per_image"] == pytest.approx(training, rel=0.01)
+    assert (json["flops"]["forward"], json["flops"]["by_torch_flop_counter"]) == raw
+    assert json["flops_per_image"] == training < raw[1]
 
 
 def test_real_tensors_count_the_same() -> None:

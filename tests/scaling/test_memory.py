@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import plan_memory
 from seer_scale.parallel.activation_profile import ActivationProfile, BlockProfile, Cost
 from seer_scale.scaling import plan
 from seer_scale.scaling.memory import GIB
 from seer_scale.scaling.shape import regions
 from tests.scaling.fake_state import configuration, engine_state, fake_tensor_state
-from tests.scaling.measured import measure
 
 NO_ACTIVATIONS = ActivationProfile(
     0, Cost(0, 0), (BlockProfile(Cost(0, 0), Cost(0, 0)),) * 27, Cost(0, 0)
@@ -50,9 +50,16 @@ def test_state_is_what_fake_tensors_hold(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"])
-def test_state_is_what_the_engine_holds_on_rank_0_of_512(strategy: str) -> None:
-    case = (strategy, 512, 8, "regnety_debug")
+@pytest.mark.parametrize(
+    ("strategy", "trunk"),
+    [
+        *[(name, "regnety_debug") for name in ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")],
+        ("zero2", "regnety_1_6gf"),
+        ("zero3", "regnety_1_6gf"),
+    ],
+)
+def test_state_is_what_the_engine_holds_on_rank_0_of_512(strategy: str, trunk: str) -> None:
+    case = (strategy, 512, 8, trunk)
     # DeepSpeed remembers the group that a process first had.
     with get_context("spawn").Pool(1) as pool:
         expected = pool.apply(engine_state, case)
@@ -61,42 +68,25 @@ def test_state_is_what_the_engine_holds_on_rank_0_of_512(strategy: str) -> None:
 
 # ------------------------------------------------------------------------------- the peak
 
-COMMON = (
-    *("--recipe", "swav_in1k_regnety_16gf", "run.dir=unused", "data.path=unused"),
-    *("tracking.enabled=false", "train.precision=fp32", "sharding.sync_bn_group_size=0"),
-    *("data.crop_sizes=[128,64]", "data.crop_counts=[2,4]", "model.head_dims=[512,128]"),
-)
 
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("mode", ["none", "full"])
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
 @pytest.mark.parametrize(
-    ("trunk", "images"), [("regnety_1_6gf", 8), ("regnety_3_2gf", 8), ("regnety_8gf", 4)]
+    ("trunk", "images", "strategy"),
+    [
+        ("regnety_200mf", 8, "ddp"),
+        *[
+            pytest.param(*size, strategy, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])
+            for size in plan_memory.SIZES
+            for strategy in plan_memory.STRATEGIES
+        ],
+    ],
 )
 def test_the_peak_is_within_a_tenth_of_resident_memory(
-    trunk: str, images: int, strategy: str, mode: str
+    trunk: str, images: int, strategy: str
 ) -> None:
-    more = [
-        f"model.trunk={trunk}",
-        f"train.micro_batch_size={images}",
-        f"sharding.activation_checkpointing={mode}",
-    ]
-    found = plan(
-        COMMON[1],
-        "cpu",
-        nodes=1,
-        gpus_per_node=2,
-        strategy=strategy,
-        overrides=[*COMMON[2:], *more],
-    ).memory
-    sharding = (
-        ("--deepspeed_config", f"ds_configs/{strategy}.json")
-        if strategy.startswith("zero")
-        else (f"sharding.strategy={strategy}",)
-    )
-    assert found.total == pytest.approx(measure(*COMMON, *sharding, *more), rel=0.1)
+    found = plan_memory.cells(trunk, images, strategy)
+    assert [cell.mode for cell in found] == ["none", "full"]
+    for cell in found:
+        assert cell.predicted == pytest.approx(cell.measured, rel=0.1), cell
 
 
 # ------------------------------------------------------------------------------- its parts
@@ -135,14 +125,15 @@ def test_recomputing_takes_less_and_more_images_take_more() -> None:
     assert small("ddp", "train.micro_batch_size=16").activations > small("ddp").activations
 
 
-@pytest.mark.parametrize(("strategy", "differs"), [("zero1", 1.0), ("zero2", 1.0), ("zero3", 2.0)])
+@pytest.mark.parametrize(("strategy", "buckets"), [("zero1", 2), ("zero2", 2), ("zero3", 1)])
 def test_zeros_buckets_are_whole_on_a_gpu_and_as_full_as_they_get_on_a_cpu(
-    strategy: str, differs: float
+    strategy: str, buckets: int
 ) -> None:
-    bucket = 50_000_000 * 4 * 2  # both, or the one and its copy
+    size = 50_000_000 * 4 * buckets
     on_gpu, on_cpu = small(strategy), small(strategy, hardware="cpu")
-    assert bucket <= on_gpu.communication <= bucket * 1.01
-    assert on_cpu.communication < bucket / 100 * differs
+    # Beside the bucket: one tensor's gradient, or what the last reduction copies.
+    assert size <= on_gpu.communication <= size * 1.02
+    assert on_cpu.communication < size / 50
 
 
 def test_units_that_are_not_freed_take_more() -> None:

@@ -1,0 +1,202 @@
+"""The planner's peak of a step against resident memory: sizes x strategies x recomputation.
+
+On two gloo processes, as the trainer runs there. What is measured is what the fullest rank's
+resident memory rises by: over that of a process which has trained this very model and dropped it,
+to the highest of a later step. Code, oneDNN's compiled kernels and Python's objects are so left
+out, as they are in the plan, which counts them to the machine's `reserved_gib`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
+
+import torch.distributed as dist
+
+from benchmarks import record
+from benchmarks.memory import CPU, build_engine, forward_and_backward
+from seer_scale import build
+from seer_scale.recipe import parse
+from seer_scale.scaling import plan
+from tests.conftest import Pool
+
+COMMAND = "python benchmarks/plan_memory.py --write"
+DOCUMENT = record.ROOT / "docs" / "planner.md"
+RECIPE = "swav_in1k_regnety_16gf"
+OVERRIDES = (
+    *("run.dir=unused", "data.path=unused", "tracking.enabled=false", "train.precision=fp32"),
+    *("data.crop_sizes=[128,64]", "data.crop_counts=[2,4]", "model.head_dims=[512,128]"),
+    "sharding.sync_bn_group_size=1",  # the same tensors, without a collective in every layer
+)
+# Images per rank: where activations are most, and where the state is.
+SIZES = (("regnety_400mf", 8), ("regnety_1_6gf", 8), ("regnety_8gf", 2))
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+MODES = ("none", "full")
+RANKS, STEPS = 2, 2  # DDP makes its buckets anew at the second
+ALLOWED = 0.1
+MIB = 2**20
+SECONDS = 1500.0
+# Every tensor above 64 KiB is a mapping of its own, so that resident memory falls when one is
+# freed. Set before the processes start.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration.
+
+    Attributes:
+        trunk: of `TRUNKS`.
+        images: per rank.
+        strategy: of `scaling.plan.STRATEGIES`.
+        mode: of recomputation.
+        predicted: bytes.
+        measured: bytes.
+    """
+
+    trunk: str
+    images: int
+    strategy: str
+    mode: str
+    predicted: float
+    measured: int
+
+    @property
+    def ratio(self) -> float:
+        """Of the prediction to the measurement."""
+        return self.predicted / self.measured
+
+
+def cells(trunk: str, images: int, strategy: str) -> list[Cell]:
+    """With every mode, one after the other in the same new processes."""
+    sharding = ["--deepspeed_config", f"ds_configs/{strategy}.json"]
+    if not strategy.startswith("zero"):
+        sharding = [f"sharding.strategy={strategy}"]
+    lines = {mode: overrides(trunk, images, mode) for mode in MODES}
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    pool = Pool(RANKS)
+    try:
+        measured = {
+            mode: max(pool.run(rise, ["--recipe", RECIPE, *sharding, *line], seconds=SECONDS))
+            for mode, line in lines.items()
+        }
+    finally:
+        pool.close()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return [
+        Cell(trunk, images, strategy, mode, predicted(strategy, line), measured[mode])
+        for mode, line in lines.items()
+    ]
+
+
+def overrides(trunk: str, images: int, mode: str) -> list[str]:
+    """Of the recipe."""
+    return [
+        *OVERRIDES,
+        f"model.trunk={trunk}",
+        f"train.micro_batch_size={images}",
+        f"sharding.activation_checkpointing={mode}",
+    ]
+
+
+def predicted(strategy: str, line: Sequence[str]) -> float:
+    """Bytes of a rank."""
+    found = plan(RECIPE, "cpu", nodes=1, gpus_per_node=RANKS, strategy=strategy, overrides=line)
+    return found.memory.total
+
+
+def rise(arguments: Sequence[str]) -> int:
+    """Bytes that this rank's resident memory rises by; every rank calls it."""
+    config = parse(arguments, recipes=record.ROOT / "launch" / "recipes").config
+    engine = trained(config, 1)
+    if hasattr(engine, "_engine"):
+        engine._engine.destroy()
+    del engine
+    settle()
+    before = resident("VmRSS")
+    engine = trained(config, STEPS)
+    settle()
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
+    step(engine, config)
+    return resident("VmHWM") - before
+
+
+def trained(config: Any, steps: int) -> Any:
+    """An engine that has made some steps."""
+    engine, _ = build_engine(config)
+    for _ in range(steps):
+        step(engine, config)
+    return engine
+
+
+def step(engine: Any, config: Any) -> None:
+    """One, on crops in the format that the trainer gives them."""
+    memory_format = build.memory_format_of(config.train.memory_format, CPU)
+    forward_and_backward(engine, config, memory_format)
+    engine.step()
+
+
+def settle() -> None:
+    """Gives back to the system what nobody uses."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident(key: str) -> int:
+    """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status names no {key}: this needs Linux")
+
+
+def table(found: Sequence[Cell]) -> str:
+    """MiB on the fullest rank."""
+    head = ["trunk", "images", "strategy", "recompute", "MiB predicted", "MiB measured", "ratio"]
+    rows = [
+        [
+            *(f"`{cell.trunk}`", cell.images, cell.strategy, cell.mode),
+            *(f"{cell.predicted / MIB:.0f}", f"{cell.measured / MIB:.0f}", f"{cell.ratio:.3f}"),
+        ]
+        for cell in found
+    ]
+    return record.markdown(head, rows)
+
+
+def main() -> int:
+    """Measures and prints; status 1 if a cell is more than a tenth off."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into docs/ and benchmarks/results/")
+    options = parser.parse_args()
+    found: list[Cell] = []
+    for strategy, (trunk, images) in itertools.product(STRATEGIES, SIZES):
+        found += cells(trunk, images, strategy)
+        print(*table(found[-len(MODES) :]).splitlines()[2:], sep="\n", flush=True)
+    text = table(sorted(found, key=lambda cell: SIZES.index((cell.trunk, cell.images))))
+    print(text)
+    if options.write:
+        record.save("plan_memory", COMMAND, {"cells": [asdict(cell) for cell in found]})
+        where = record.in_words(record.environment())
+        record.put_into(DOCUMENT, "plan-memory", f"`{COMMAND}`; {where}.\n\n{text}")
+    return 1 if any(abs(cell.ratio - 1) > ALLOWED for cell in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
