@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 IMAGES = ROOT / "docs" / "images"
 KEPT = ("curves", "artifacts", "model")  # of `pages`; what the documentation shows
-CURVES = ("embedding_std", "images_per_second", "loss", "loss_over_ln_k", "lr", "step_time")
+CURVES = ("embedding_std", "images_per_second", "loss", "loss_over_ln_k", "lr", "grad_norm")
 SECONDS = 60.0  # until a page shows what it is for; a cold server on a busy machine takes ten
 WIDTH, HEIGHT = 1400, 900
 # The half of MLflow's interface that is not about language models; it opens with the other one.
@@ -82,6 +82,8 @@ def pages(uri: str, experiment: str, names: Sequence[str], model: str) -> dict[s
         run["info"]["run_name"]: run["info"]["run_id"]
         for run in reversed(ask(uri, "runs/search", search)["runs"])  # the newest of a name
     }
+    if missing := [name for name in names if name not in runs]:
+        sys.exit(f"{experiment} at {uri} has no run {', '.join(missing)}: it has {', '.join(runs)}")
     place = f"{uri}/#/experiments/{number}/runs"
     ids = json.dumps([runs[name] for name in names]).replace(" ", "")
     return {
