@@ -43,6 +43,7 @@ def announce(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     global_batch = build.global_batch(config)
     run_dir = Path(config.run.dir)
+    tracking = config.tracking
     tracker.log_params(
         {
             **build.flatten(build.public(config).model_dump(mode="json")),
@@ -57,7 +58,12 @@ def announce(
         f"{config.sharding.strategy}, {distributed.world_size()} x {device.type}, "
         f"{global_batch} images a step, from step {step} to {config.train.steps}\n"
         f"run folder {run_dir}, MLflow run "
-        f"{run_id or ('not known yet' if config.tracking.enabled else 'off')}"
+        f"{run_id or ('not known yet' if tracking.enabled else 'off')}"
+        + (
+            f", trunks as {tracking.registered_name}"
+            if tracking.enabled and tracking.log_models
+            else ""
+        )
     )
     if plan:
         say(str(plan))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from seer_scale.scaling.study import Point, Study
 from seer_scale.scaling.study_curves import AXES, panels_of
 from seer_scale.scaling.study_report import write_report
 from seer_scale.scaling.study_results import Row
+from tests.browser import chromium, needs_chromium
 from tests.scaling.test_study import points
 
 SIZES = ["regnety_200mf", "regnety_400mf", "regnety_800mf", "regnety_1_6gf"]
@@ -89,22 +89,10 @@ def test_pictures_are_drawn(made: tuple[Study, list[Row], Path]) -> None:
             assert len(image.convert("L").getcolors() or range(300)) > 16, path
 
 
-@pytest.mark.skipif(
-    not (shutil.which("chromedriver") and shutil.which("chromium")),
-    reason="chromium and chromium-driver are not installed",
-)
+@needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_real_browser(made: tuple[Study, list[Row], Path], width: int) -> None:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
-        options.add_argument(argument)
-    options.add_argument(f"--window-size={width},900")
-    options.binary_location = str(shutil.which("chromium"))
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    browser = webdriver.Chrome(options=options, service=service)
-    try:
+    with chromium(width, 900) as browser:
         browser.get(made[2].as_uri())
         assert browser.get_log("browser") == []
         drawn = browser.execute_script(
@@ -117,5 +105,3 @@ def test_the_page_in_a_real_browser(made: tuple[Study, list[Row], Path], width: 
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert wide <= 0
-    finally:
-        browser.quit()
