@@ -107,11 +107,15 @@ def pages(uri: str, experiment: str, names: Sequence[str], model: str) -> dict[s
     }
 
 
-def prepare(browser: Chrome, uri: str) -> None:
+def prepare(browser: Chrome) -> None:
     """Chooses "Model training" and closes the assistant, as a visitor would by two clicks."""
-    browser.get(f"{uri}/")
-    for key, value in SETTINGS.items():
-        browser.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, value)
+    script = "".join(
+        f"localStorage.setItem({json.dumps(key)}, {json.dumps(value)});"
+        for key, value in SETTINGS.items()
+    )
+    # Before a page's own scripts: these open the assistant at some later moment.
+    source = f"if (location.protocol.startsWith('http')) {{ {script} }}"
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
 
 
 def open_page(browser: Chrome, page: Page) -> None:
@@ -157,7 +161,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every page, not only what docs/ shows")
     options = parser.parse_args()
     with chromium(WIDTH, HEIGHT) as browser:
-        prepare(browser, options.uri)
+        prepare(browser)
         found = pages(options.uri, options.experiment, options.runs, options.model)
         for name, page in found.items():
             open_page(browser, page)

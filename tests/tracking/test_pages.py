@@ -90,7 +90,7 @@ def click(browser: Chrome, xpath: str) -> None:
 
 def test_runs_curves_pictures_and_models_are_seen(server: str, tmp_path: Path) -> None:
     with chromium(SCRIPT["WIDTH"], SCRIPT["HEIGHT"]) as browser:
-        SCRIPT["prepare"](browser, server)
+        SCRIPT["prepare"](browser)
         pages = SCRIPT["pages"](server, EXPERIMENT, RUNS, MODEL)
         assert set(SCRIPT["KEPT"]) < pages.keys()
         for name, page in pages.items():
