@@ -72,11 +72,14 @@ def our_step(config: RunConfig, device: torch.device | None = None) -> peers.Ste
     return step
 
 
-def in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each of several functions that take turns, after one call of each."""
+def in_turns(
+    functions: Sequence[Callable[[], object]], repeats: int, warm_up: int = 1
+) -> list[float]:
+    """Median seconds of each of several functions that take turns, after some calls of each."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
+    for _ in range(warm_up):
+        for function in functions:
+            function()
     for _ in range(repeats):
         for index, function in enumerate(functions):
             began = time.perf_counter()
@@ -106,7 +109,8 @@ def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
         else:
             workers[name], worker.loss = worker, loss
     memory = {name: int(worker.ask("memory")) for name, worker in workers.items()}
-    seconds = in_turns([worker.step for worker in workers.values()], repeats)
+    # A process's first steps find its memory: they say nothing of a training.
+    seconds = in_turns([worker.step for worker in workers.values()], repeats, warm_up=6)
     for worker in workers.values():
         worker.end()
     return [

@@ -225,7 +225,9 @@ class _Walk:
         """What ZeRO copies out of a bucket to reduce it."""
         if self.stage == 0 or self.world == 1:
             return 0
-        return FLOAT * min(self._bucket(), self.shape.total)
+        # gloo reduces and scatters a copy of its own.
+        copies = 2 if self.stage == 3 and self.on_touch else 1
+        return copies * FLOAT * min(self._bucket(), self.shape.total)
 
     def _buckets(self, done: int) -> float:
         """Of the backward pass, which fills them with gradients."""
