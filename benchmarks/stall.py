@@ -29,6 +29,7 @@ from benchmarks import record  # noqa: E402
 from seer_scale.checkpoint import Saver  # noqa: E402
 from seer_scale.models import build_model, initialise  # noqa: E402
 from seer_scale.optim import SliceSGD, parameter_groups  # noqa: E402
+from seer_scale.performance.host_memory import keep_freed_memory  # noqa: E402
 
 STEPS_OF_A_WINDOW = 3  # at least; a save's window goes on until the files are on the disk
 TRIMMED = 0.1
@@ -180,13 +181,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trunk", default="regnety_16gf")
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=8, help="a step longer than a save")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[max(1, cores - 1), cores])
     parser.add_argument("--folder", default=str(ROOT / "runs"), help="on the disk to be measured")
     parser.add_argument("--write", action="store_true", help="into docs/checkpoints.md")
     given = parser.parse_args()
     Path(given.folder).mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()  # as launch/pretrain.py does
     cases = {}
     for threads in given.threads:
         torch.set_num_threads(threads)
