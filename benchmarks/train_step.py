@@ -193,7 +193,8 @@ def _step_of(name: str, trunk: str, batch: int) -> tuple[peers.Step, int]:
 
 def bucket_bytes(wrapped: DistributedDataParallel) -> int:
     """What DDP has made of buckets, which `LiveBytes` does not see."""
-    sizes: str = wrapped._get_ddp_logging_data()["bucket_sizes"]
+    logged = wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    sizes: str = logged["bucket_sizes"]
     return sum(map(int, sizes.split(", ")))
 
 
