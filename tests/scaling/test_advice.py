@@ -81,7 +81,7 @@ class Greedy(SwAV):
             limit = pages * resource.getpagesize() + (64 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
             try:
-                scores = scores.repeat(1 << 16, 1 << 8)
+                scores = scores.repeat(1 << 20, 1 << 8)
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
         return super().__call__(embeddings, scores)
