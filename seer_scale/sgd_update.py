@@ -9,7 +9,6 @@ from torch import Tensor
 # stays in its caches, so main memory is read and written once and not once an operation.
 CHUNK = 1 << 17
 ROW = 256  # elements whose squares are added in float32
-_SMALL = 16 * ROW  # elements that are copied to float64 in less time than a few operations take
 
 
 def update_(
@@ -47,13 +46,9 @@ def update_(
         return
     for value, grad, velocity, a, b in zip(values, grads, momenta, on_grad, on_value, strict=True):
         for p, g, m in zip(_chunks(value), _chunks(grad), _chunks(velocity), strict=True):
-            if nesterov:
-                g.mul_(a).addcmul_(p, b)
-                m.mul_(momentum).add_(g)
-                p.add_(g.add_(m, alpha=momentum), alpha=-lr)
-            else:  # without writing to g, which would go back to memory
-                m.mul_(momentum).addcmul_(g, a).addcmul_(p, b)
-                p.add_(m, alpha=-lr)
+            g.mul_(a).addcmul_(p, b)
+            m.mul_(momentum).add_(g)
+            p.add_(g.add_(m, alpha=momentum) if nesterov else m, alpha=-lr)
 
 
 def fused_update_(
@@ -92,21 +87,20 @@ def fused_update_(
 def wide_norms(tensors: list[Tensor]) -> list[Tensor]:
     """Norms of flat tensors as float64, exact enough not to depend on how a tensor is cut.
 
-    On a CPU torch's norm in float64 of float32 takes twenty times as long as reading a tensor. All
-    but small tensors are squared and summed in rows of float32 there, and the rows' norms in
-    float64, which was seen to be good to ten digits; a sum of float32 alone lost four in eight
-    million elements.
+    On a CPU torch's norm in float64 takes twenty times as long as reading the tensor. Large tensors
+    are squared and summed in rows of float32 there, and the rows' norms in float64, which was seen
+    to be good to ten digits; a sum of float32 alone lost four in eight million elements.
     """
     if tensors[0].device.type != "cpu":
         return list(torch._foreach_norm(tensors, dtype=torch.float64))
-    small = [index for index, tensor in enumerate(tensors) if tensor.numel() < _SMALL]
+    small = [index for index, tensor in enumerate(tensors) if tensor.numel() < CHUNK]
     norms = [tensors[0].new_empty((), dtype=torch.float64)] * len(tensors)
     if small:
-        found = torch._foreach_norm([tensors[i].double() for i in small])
+        found = torch._foreach_norm([tensors[i] for i in small], dtype=torch.float64)
         for index, norm in zip(small, found, strict=True):
             norms[index] = norm
     for index, tensor in enumerate(tensors):
-        if tensor.numel() >= _SMALL:
+        if tensor.numel() >= CHUNK:
             whole = len(tensor) // ROW * ROW
             rows = torch.linalg.vector_norm(tensor[:whole].view(-1, ROW), dim=1).double()
             parts = torch.cat([rows, tensor[whole:].double()])
