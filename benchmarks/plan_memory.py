@@ -15,9 +15,11 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
@@ -26,6 +28,8 @@ import torch.distributed as dist
 
 from benchmarks import record
 from benchmarks.memory import CPU, build_engine, forward_and_backward
+from benchmarks.memory import STRATEGIES as SHARDING
+from benchmarks.resident import resident_bytes
 from seer_scale import build
 from seer_scale.recipe import parse
 from seer_scale.scaling import plan
@@ -80,25 +84,12 @@ class Cell:
 
 def cells(trunk: str, images: int, strategy: str) -> list[Cell]:
     """With every mode, one after the other in the same new processes."""
-    sharding = ["--deepspeed_config", f"ds_configs/{strategy}.json"]
-    if not strategy.startswith("zero"):
-        sharding = [f"sharding.strategy={strategy}"]
     lines = {mode: overrides(trunk, images, mode) for mode in MODES}
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    pool = Pool(RANKS)
-    try:
-        measured = {
-            mode: max(pool.run(rise, ["--recipe", RECIPE, *sharding, *line], seconds=SECONDS))
-            for mode, line in lines.items()
-        }
-    finally:
-        pool.close()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with patch.dict(os.environ, ENVIRONMENT), closing(Pool(RANKS)) as pool:
+        measured = {}
+        for mode, line in lines.items():
+            argv = ["--recipe", RECIPE, *SHARDING[strategy], *line]
+            measured[mode] = max(pool.run(rise, argv, seconds=SECONDS))
     return [
         Cell(trunk, images, strategy, mode, predicted(strategy, line), measured[mode])
         for mode, line in lines.items()
@@ -129,13 +120,13 @@ def rise(arguments: Sequence[str]) -> int:
         engine._engine.destroy()
     del engine
     settle()
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     engine = trained(config, STEPS)
     settle()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
     step(engine, config)
-    return resident("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
 def trained(config: Any, steps: int) -> Any:
@@ -157,14 +148,6 @@ def settle() -> None:
     """Gives back to the system what nobody uses."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def resident(key: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status names no {key}: this needs Linux")
 
 
 def table(found: Sequence[Cell]) -> str:

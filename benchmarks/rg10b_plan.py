@@ -28,6 +28,7 @@ from torch import nn  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from benchmarks import record  # noqa: E402
+from benchmarks.resident import resident_bytes  # noqa: E402
 from seer_scale import build  # noqa: E402
 from seer_scale.config import RunConfig  # noqa: E402
 from seer_scale.models import seeded_values  # noqa: E402
@@ -113,7 +114,7 @@ def build_engine(config: RunConfig) -> Engine:
 
 def measure(trunk: str, ranks: int, rank: int) -> Rank:
     """Builds a rank with its momentum; call it in a fresh process, whose peak memory it reads."""
-    imports = memory_peak()
+    imports = resident_bytes("VmHWM")
     config = configuration(trunk)
     with fake_ranks(ranks, rank):
         began = time.process_time()
@@ -127,7 +128,7 @@ def measure(trunk: str, ranks: int, rank: int) -> Rank:
             momentum=FLOAT * momentum,
             buffers=sum(buffer.nbytes for buffer in model.buffers()),
             imports=imports,
-            peak=memory_peak(),
+            peak=resident_bytes("VmHWM"),
             seconds=seconds,
             units=tuple(units_of(model, config)),
             gathered=FLOAT * gathered_at_once(model, config),
@@ -200,14 +201,6 @@ def largest_region(blocks: Sequence[Sequence[nn.Module]], config: RunConfig) -> 
             bounds = [0, *sorted({min(end, len(stage)) for end in (*ends, len(stage))})]
             regions += [stage[a:b] for a, b in pairwise(bounds) if ends]
     return max(sum(p.numel() for b in region for p in b.parameters()) for region in regions)
-
-
-def memory_peak() -> int:
-    """Most bytes of real memory that this process has had, by Linux's account."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status names no VmHWM: this needs Linux")
 
 
 # ------------------------------------------------------------------------------- the tables

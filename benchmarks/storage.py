@@ -45,7 +45,7 @@ def ours(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
     """Seconds to save and to load with the rank files; the save makes a checksum."""
     from seer_scale.tensor_file import Kind, TensorFile, write_tensors
 
-    kinds = {key: Kind(value.dtype, tuple(value.shape)) for key, value in state.items()}
+    kinds = {key: Kind.of(value) for key, value in state.items()}
     began = time.perf_counter()
     write_tensors(folder / "rank_00000.safetensors", kinds, state.__getitem__)
     saved = time.perf_counter()

@@ -56,7 +56,7 @@ def dump(
         tensors[f"scores.{number}"] = scores[number]
         for resolution, crops in enumerate(batch.crops):
             tensors[f"crops.{number}.{resolution}"] = crops
-    kinds = {key: Kind(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    kinds = {key: Kind.of(tensor) for key, tensor in tensors.items()}
     problem: str | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def export_trunk(
     folder = Path(folder)
     fresh = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
-    kinds = {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    kinds = {name: Kind.of(tensor) for name, tensor in state.items()}
     write_trunk(
         fresh,
         kinds,

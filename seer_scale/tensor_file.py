@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,11 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """What `tensor` is."""
+        return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def numel(self) -> int:
@@ -139,7 +144,7 @@ def from_tensors(kinds: Mapping[str, Kind], read: Callable[[str], Tensor]) -> Fi
         if key != name:
             data = memoryview(b"")  # or two are in memory while the next is read
             tensor = read(key)
-            if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[key]:
+            if Kind.of(tensor) != kinds[key]:
                 raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, not {kinds[key]}")
             name, data = key, as_bytes(tensor)
         copy_bytes(data, start, target)

@@ -30,7 +30,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def write(path: Path, content: dict[str, Tensor]) -> Stamp:
-    kinds = {key: Kind(value.dtype, tuple(value.shape)) for key, value in content.items()}
+    kinds = {key: Kind.of(value) for key, value in content.items()}
     return write_tensors(path, kinds, lambda key: content[key], {"a": "b"})
 
 

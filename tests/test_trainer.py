@@ -78,6 +78,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def assert_same_tensors(one: Path, other: Path) -> None:
+    expected, actual = tensors(one), tensors(other)
+    assert expected.keys() == actual.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
 @pytest.mark.parametrize(
     ("world_size", "more"),
     [
@@ -107,10 +114,7 @@ def test_resuming_equals_not_having_stopped_bit_for_bit(
     ]
     assert lines(resumed, "samples.jsonl") == lines(whole, "samples.jsonl")
     for name in ("step_00000006", "step_00000008"):
-        expected, actual = (tensors(run / "checkpoints" / name) for run in (whole, resumed))
-        assert expected.keys() == actual.keys()
-        for key, value in expected.items():
-            assert torch.equal(actual[key], value), key
+        assert_same_tensors(whole / "checkpoints" / name, resumed / "checkpoints" / name)
 
 
 def run_with_late_writes(argv: list[str]) -> int:
@@ -149,8 +153,8 @@ def test_what_is_saved_is_the_step_s_however_late_it_is_written(
     argv = arguments(images, resumed, *common, "--resume", middle)
     distributed(run_job, world_size, argv)
     assert losses(resumed) == losses(whole)[3:]
-    expected, actual = (tensors(run / "checkpoints" / "step_00000006") for run in (whole, resumed))
-    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    last = Path("checkpoints") / "step_00000006"
+    assert_same_tensors(whole / last, resumed / last)
 
 
 def test_a_checkpoint_of_one_strategy_is_read_by_another(

@@ -73,7 +73,7 @@ def _divide(kinds: dict[str, Kind], largest_bytes: int | None) -> list[list[str]
     parts: list[list[str]] = [[]]
     size = 0
     for key, kind in kinds.items():
-        bytes_ = kind.numel * kind.dtype.itemsize
+        bytes_ = kind.bytes
         if largest_bytes and parts[-1] and size + bytes_ > largest_bytes:
             parts.append([])
             size = 0
@@ -85,7 +85,7 @@ def _divide(kinds: dict[str, Kind], largest_bytes: int | None) -> list[list[str]
 def _write_index(
     path: Path, kinds: dict[str, Kind], names: list[str], parts: list[list[str]]
 ) -> None:
-    total = sum(kind.numel * kind.dtype.itemsize for kind in kinds.values())
+    total = sum(kind.bytes for kind in kinds.values())
     where = {key: name for name, keys in zip(names, parts, strict=True) for key in keys}
     path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
     sync(path)

@@ -128,8 +128,9 @@ class Saver:
 
     def before_update(self) -> None:
         """Call before slices change that a save was given `in_place`: copies what is unwritten."""
-        with _all_cores():
-            self._staging.copy_live()
+        if self._staging.live:  # hardly ever: this is asked at every step
+            with _all_cores():
+                self._staging.copy_live()
 
     def outcomes(self) -> list[Outcome]:
         """On rank 0, the saves that have ended since the last call; elsewhere none."""

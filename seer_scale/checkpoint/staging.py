@@ -47,6 +47,11 @@ class Staging:
         self._now[key] = source.detach()
         self._live[key] = reads
 
+    @property
+    def live(self) -> bool:
+        """Whether anything that the training has is still to be read."""
+        return bool(self._live)
+
     def copy_live(self) -> None:
         """Copies what the training has and is still to be read; from here on it may change."""
         with self._lock:
@@ -66,7 +71,7 @@ class Staging:
 
     def kinds(self) -> dict[str, Kind]:
         """What there is to write."""
-        return {key: Kind(tensor.dtype, tuple(tensor.shape)) for key, tensor in self._now.items()}
+        return {key: Kind.of(tensor) for key, tensor in self._now.items()}
 
     def fill(self, key: str, start: int, target: NDArray[np.uint8]) -> None:
         """A tensor's bytes from `start` on, as `tensor_file.stream_tensors` asks for them."""

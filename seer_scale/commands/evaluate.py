@@ -120,11 +120,8 @@ def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> No
         say(f"{parsed.task}: {name} of {parsed.model} on {parsed.data}, in {folder}")
         result = task.run(context, options)
         failure.unwatch()
-    except UserError:
-        failure.mark()
-        raise
     except Exception as error:
-        if refusal(error):
+        if isinstance(error, UserError) or refusal(error):  # the command tells it in a sentence
             failure.mark()
             raise
         failure.end(error)

@@ -79,11 +79,8 @@ def run(arguments: recipe.Arguments) -> int:
             device=device,
             warn=warn,
         )
-    except UserError:
-        failure.mark()
-        raise
     except Exception as error:
-        if refusal(error):
+        if isinstance(error, UserError) or refusal(error):  # the command tells it in a sentence
             failure.mark()
             raise
         if not is_out_of_memory(error):

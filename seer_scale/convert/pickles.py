@@ -115,9 +115,7 @@ def _stored(value: Any, path: Path, size: int) -> Any:
 
 def _in_memory(tensor: Tensor) -> Stored:
     flat = tensor.detach().contiguous().view(-1)
-    return Stored(
-        Kind(tensor.dtype, tuple(tensor.shape)), lambda start, stop: flat[start:stop].clone()
-    )
+    return Stored(Kind.of(tensor), lambda start, stop: flat[start:stop].clone())
 
 
 def _in_file(tensor: Tensor, path: Path, size: int) -> Stored:

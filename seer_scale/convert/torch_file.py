@@ -48,7 +48,7 @@ def write_torch_file(
     except RuntimeError:
         # torch's writer does not say what the disk told it; if it was the disk, it says so again.
         with path.open("wb") as file:
-            size = sum(kind.numel * kind.dtype.itemsize for kind in kinds.values())
+            size = sum(kind.bytes for kind in kinds.values())
             os.posix_fallocate(file.fileno(), 0, size)
         raise
     # Loading with names for a nest tells where each tensor's bytes belong.
@@ -57,7 +57,7 @@ def write_torch_file(
     with path.open("r+b", buffering=0) as file:
         for name, begin in sorted(places.items(), key=lambda item: item[1]):
             tensor = read(name)
-            if Kind(tensor.dtype, tuple(tensor.shape)) != kinds[name]:
+            if Kind.of(tensor) != kinds[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
             data, at, checksum = as_bytes(tensor), begin, 0
             while data:

@@ -219,7 +219,7 @@ class _Training:
             fresh = path.with_suffix(".writing")
             write_tensors(
                 fresh,
-                {name: Kind(x.dtype, tuple(x.shape)) for name, x in tensors.items()},
+                {name: Kind.of(tensor) for name, tensor in tensors.items()},
                 lambda name: tensors[name].detach().cpu().contiguous(),
                 {"iterations": str(self._done), "about": json.dumps(self._about)},
             )

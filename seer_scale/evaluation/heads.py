@@ -117,8 +117,8 @@ class Heads:
         tensors = self._tensors()
         write_tensors(
             fresh,
-            {name: Kind(x.dtype, tuple(x.shape)) for name, x in tensors.items()},
-            lambda name: tensors[name],
+            {name: Kind.of(tensor) for name, tensor in tensors.items()},
+            tensors.__getitem__,
             {_STATE: json.dumps(dict(state))},
         )
         os.replace(fresh, path)

@@ -143,10 +143,10 @@ class Block(ResBottleneckBlock):  # type: ignore[misc]  # torchvision has no typ
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        for parent, name in ((self.f.se, "fc1"), (self.f.se, "fc2")):
-            setattr(parent, name, _as(PooledConv, getattr(parent, name)))
-        for parent in (self.f.a, self.f.c):  # a convolution, BatchNorm, and perhaps ReLU
-            parent[0] = _as(PointwiseConv, parent[0])
+        squeeze = self.f.se
+        squeeze.fc1, squeeze.fc2 = _as(PooledConv, squeeze.fc1), _as(PooledConv, squeeze.fc2)
+        for layers in (self.f.a, self.f.c):  # a convolution, BatchNorm, and perhaps ReLU
+            layers[0] = _as(PointwiseConv, layers[0])
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...

@@ -31,15 +31,15 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 def kinds(trunk: str) -> dict[str, Kind]:
     state = build_trunk(trunk, device="meta").state_dict()
-    return {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    return {name: Kind.of(tensor) for name, tensor in state.items()}
 
 
 def size(trunk: str) -> int:
-    return sum(kind.numel * kind.dtype.itemsize for kind in kinds(trunk).values())
+    return sum(kind.bytes for kind in kinds(trunk).values())
 
 
 def largest(trunk: str) -> int:
-    return max(kind.numel * kind.dtype.itemsize for kind in kinds(trunk).values())
+    return max(kind.bytes for kind in kinds(trunk).values())
 
 
 def sparse_safetensors(trunk: str, path: Path) -> None:
