@@ -108,7 +108,7 @@ def memory_of(
         most = max(part.whole for part in (shape.stem, *shape.blocks, shape.top))
         state = StateBytes(state.parameters, FLOAT * most / shards, state.optimizer)
     walk = _Walk(shape, profile, regions, config, state, shards, world, zero, on_touch)
-    moments = [*walk.backward(), walk.step()]
+    moments = [*walk.forward(), *walk.backward(), walk.step()]
     fullest = max(moments, key=lambda moment: moment.total)
     beyond = max(0.0, fullest.total - state.gradients)
     communication = min(fullest.communication, beyond)
@@ -151,6 +151,24 @@ class _Walk:
         # Rows are brought to length one in float64.
         rows = (FLOAT + 2 * DOUBLE) * self.shape.prototypes / self.shards
         return _Moment(self.state.gradients, max(tensor, rows), self._standing(), 0)
+
+    def forward(self) -> list[_Moment]:
+        """Of stage 3, one moment for every part: it fetches ahead as much as may be whole at once.
+
+        A bucket arrives in one piece, is copied out to its tensors when the first of them is
+        needed, and goes when the last of them is.
+        """
+        if self.stage != 3 or self.world == 1:
+            return []
+        whole, bucket = self._partitioned(self.parts), self._prefetched()
+        live = min(whole, self._live())
+        moments = []
+        for index, held in enumerate(self._activations()[1]):
+            before = self._partitioned(self.parts[:index])
+            arrived = min(bucket, whole - before // bucket * bucket) if bucket else 0
+            fetched = live + (arrived if before < live else 0)
+            moments.append(_Moment(self.state.gradients, held, self._standing(), FLOAT * fetched))
+        return moments
 
     def backward(self) -> list[_Moment]:
         """One moment for the head, every block and the stem."""
@@ -271,11 +289,19 @@ class _Walk:
     def _gathered_by_zero(self, index: int) -> float:
         if self.world == 1:
             return 0
+        parts = self.parts[: index + 1]
+        least = max(part.largest_layer for part in parts) + self._prefetched()
+        # What will be used again soon stays.
+        return min(self._partitioned(parts), max(self._live(), least))
+
+    def _partitioned(self, parts: Sequence[Part]) -> float:
+        """Parameters of parts that stage 3 does not keep whole."""
         small = int(self.zero.get("stage3_param_persistence_threshold", 0))
         share = sum(size for size in self.shape.tensors if size > small) / self.shape.total
-        before = share * sum(part.whole for part in self.parts[: index + 1])
-        least = max(part.largest_layer for part in self.parts[: index + 1])
-        least += int(self.zero.get("stage3_prefetch_bucket_size", 50_000_000))
-        # What will be used again soon stays.
-        live = int(self.zero.get("stage3_max_live_parameters", 1_000_000_000))
-        return min(before, max(live, least))
+        return share * sum(part.whole for part in parts)
+
+    def _prefetched(self) -> int:
+        return int(self.zero.get("stage3_prefetch_bucket_size", 50_000_000))
+
+    def _live(self) -> int:
+        return int(self.zero.get("stage3_max_live_parameters", 1_000_000_000))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import plan_memory
+from seer_scale import build
 from seer_scale.parallel.activation_profile import ActivationProfile, BlockProfile, Cost
 from seer_scale.scaling import plan
 from seer_scale.scaling.memory import GIB
@@ -140,6 +143,16 @@ def test_units_that_are_not_freed_take_more() -> None:
     kept = small("fsdp", "sharding.reshard_after_forward=false")
     assert kept.gathered > small("fsdp").gathered > 0
     assert small("ddp").gathered == 0
+
+
+def test_what_zero_3_fetches_ahead_is_there_twice_until_its_last_tensor_is_used() -> None:
+    config = configuration("zero3", 1, "regnety_1_6gf")
+    model = build.model_of(config, torch.device("meta"))
+    cut = sum(p.numel() for p in model.parameters() if p.numel() > 100_000)  # ds_configs/zero3.json
+    profile = replace(NO_ACTIVATIONS, stem=Cost(GIB, GIB))  # held until the backward pass ends
+    found = plan(config, "cpu", nodes=1, gpus_per_node=8, profile=profile).memory
+    assert 0 < cut < 50_000_000  # one bucket
+    assert found.gathered == pytest.approx(2 * 4 * cut)
 
 
 def test_momentum_on_the_host_leaves_one_tensors() -> None:
