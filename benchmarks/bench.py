@@ -36,7 +36,7 @@ TRAINER_OVERHEAD, SINKHORN_SHARE, LARC_SHARE, HELP_SECONDS = 0.02, 0.01, 0.6, 1.
 
 
 def step(repeats: int) -> tuple[list[Row], list[str]]:
-    """The training step at two sizes, and which aims it misses."""
+    """The training step at two sizes."""
     rows: list[Row] = []
     missed: list[str] = []
     for trunk, batch in (("regnety_400mf", 8), ("regnety_1_6gf", 4)):

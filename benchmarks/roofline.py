@@ -37,9 +37,7 @@ def column(recipe: str, hardware: str, precision: str) -> tuple[str, list[str]]:
     )
     config, time = found.config, found.time
     images = config.train.micro_batch_size
-    blocks = sum(stage.depth for stage in TRUNKS[config.model.trunk].stages)
-    recomputed = frozenset(range(blocks)) if found.flops.recompute else frozenset[int]()
-    moved = images * sum(traffic(TRUNKS[config.model.trunk], config, recomputed))
+    moved = images * sum(traffic(TRUNKS[config.model.trunk], config, found.recomputed))
     done = images * (found.flops.training + found.flops.recompute)
     sent = {kind: size / 2**30 for kind, size in found.bytes_per_step.items() if size}
     terms = {

@@ -58,7 +58,10 @@ def _full(argv: Sequence[str]) -> Iterator[str]:
     for label, path in [*_named(argv), *_implied()]:
         there = next(place for place in (path, *path.parents) if os.path.exists(place))
         room = os.statvfs(there)
-        if room.f_bavail * room.f_frsize < HARDLY_ANY:
+        written_to = (
+            room.f_blocks and not room.f_flag & os.ST_RDONLY
+        )  # or nothing is free by nature
+        if written_to and room.f_bavail * room.f_frsize < HARDLY_ANY:
             yield label
 
 

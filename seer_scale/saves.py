@@ -111,18 +111,20 @@ class Saves:
             urgent: the training has nothing else to do.
         """
         began = time.perf_counter()
-        loss = sum(self._losses) / max(1, len(self._losses))
+        # Where no step had a finite loss nothing is known, and such a checkpoint is not the best.
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.inf
         best = loss < state.best_loss and self._evaluation is None
         state.best_loss = min(loss, state.best_loss)
         self._losses = []
-        self._tags[state.step] = {
-            "loss": f"{loss:.6g}",
-            "samples_seen": state.samples_seen,
-            "trunk": self._config.model.trunk,
-            "objective": self._config.objective.name,
-            "strategy": self._config.sharding.strategy,
-            "best": best,
-        }
+        if distributed.is_main():  # which alone hears how saves ended
+            self._tags[state.step] = {
+                **({"loss": f"{loss:.6g}"} if math.isfinite(loss) else {}),
+                "samples_seen": state.samples_seen,
+                "trunk": self._config.model.trunk,
+                "objective": self._config.objective.name,
+                "strategy": self._config.sharding.strategy,
+                "best": best,
+            }
         self._saver.save(
             step=state.step,
             slices=engine.slices(),
@@ -179,6 +181,11 @@ class Saves:
         """On rank 0, what follows from saves that have ended."""
         for outcome in self._saver.outcomes():
             tags, self._problem = self._tags.pop(outcome.step), outcome.problem
+            if outcome.left_behind:
+                self._say(
+                    f"warning: an older checkpoint could not be deleted ({outcome.left_behind}); "
+                    "it is in the way of nothing but room"
+                )
             if outcome.problem is None:
                 self._metrics["checkpoint_seconds"] = outcome.seconds
                 self._hand_over(outcome, tags)

@@ -62,7 +62,7 @@ def fused_update_(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """The same in three operations on all tensors, for a GPU.
+    """The same in three calls for all tensors, for a GPU; without momentum m stays as it is.
 
     On a CPU torch's fused step rounds an element by where it stands in the tensor, so that shards
     would differ from the whole in the last bit.
@@ -72,10 +72,10 @@ def fused_update_(
     torch._fused_sgd_(
         values,
         grads,
-        momenta,
+        momenta if momentum > 0 else [],  # torch refuses any for 0
         lr=lr,
         momentum=momentum,
-        nesterov=nesterov,
+        nesterov=nesterov and momentum > 0,
         weight_decay=0.0,
         dampening=0.0,
         maximize=False,

@@ -14,10 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.memory import build_engine, configuration
 from seer_scale.checkpoint import list_checkpoints
 from seer_scale.checkpoint.manifest import read_manifest, write_manifest
 from seer_scale.errors import UserError
+from seer_scale.saves import Saves, TrainState
 from seer_scale.spikes import WINDOW, spike_threshold
+from seer_scale.tracking import NullTracker
 from tests.jobs import ROOT, arguments, lines, losses, run_job, write_images
 
 Distributed = Callable[..., list[Any]]
@@ -225,3 +228,20 @@ def test_a_damaged_record_of_rewinds_is_one_sentence(
     argv = arguments(images, tmp_path / "run")
     (said,) = distributed(disturbed, 1, argv, 1.0, (), (), WINDOW)
     assert "rewinds.jsonl is damaged" in said
+
+
+def test_a_checkpoint_of_no_finite_loss_is_not_the_best(tmp_path: Path) -> None:
+    config = configuration("model.trunk=regnety_debug")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path)})})
+    engine, said = build_engine(config)[0], list[str]()
+    saves, state = Saves(config, NullTracker(), None, said.append), TrainState()
+    best = []
+    for step, seen in enumerate([[2.0], [], [3.0], [1.0, 1.5]], start=1):
+        for loss in seen:
+            saves.observe(loss)
+        state.step = step
+        saves.start(state, engine, {}, urgent=True)
+        assert saves.finish() is None
+        best.append(state.best_loss)
+    assert best == [2.0, 2.0, 2.0, 1.25]
+    assert said == []

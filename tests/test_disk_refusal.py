@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from seer_scale import disk_refusal
 from seer_scale.disk_refusal import refusal, sentence
 from seer_scale.models import build_trunk
 from seer_scale.serving import export_trunk
@@ -130,7 +131,7 @@ def test_what_is_no_refusal_keeps_its_traceback() -> None:
     assert refusal(wrapped) is full
 
 
-def test_the_sentence_says_what_to_do_about_it() -> None:
+def test_the_sentence_says_what_to_do_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(number: int, *words: str, name: str | None = None) -> str:
         return sentence(OSError(number, os.strerror(number), name), words)
 
@@ -140,6 +141,8 @@ def test_the_sentence_says_what_to_do_about_it() -> None:
     assert "permissions" in said(errno.EACCES, name="/x")
     assert "ulimit" in said(errno.EFBIG)
     assert "quota" in said(errno.EDQUOT)
-    # /proc has no room at all, and no word that is an address is taken for a path.
-    words = ("--out", "/proc/x/y", "run.dir=/proc/z", "data.path=s3://proc/a", "k=1", "-v")
-    assert said(errno.ENOSPC, *words).startswith("--out /proc/x/y, run.dir=/proc/z cannot be used")
+    # No word that is an address is taken for a path, and nothing is written to /proc.
+    monkeypatch.setattr(disk_refusal, "HARDLY_ANY", 1 << 62)  # every disk is full
+    words = ("--out", "/x/y", "run.dir=/z", "data.path=s3://x/a", "k=1", "-v", "a=/proc/b")
+    expected = "--out /x/y, run.dir=/z, the current folder, the folder for temporary files"
+    assert said(errno.ENOSPC, *words).startswith(expected)

@@ -52,12 +52,21 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: `problem` is None once the checkpoint is whole."""
+    """How a save ended: `problem` is None once the checkpoint is whole.
+
+    Attributes:
+        step: of the checkpoint.
+        folder: where it is, or should be.
+        problem: why it is not whole.
+        seconds: from the call of `save` to the end of the writing.
+        left_behind: why an older checkpoint could not be deleted, although this one is whole.
+    """
 
     step: int
     folder: Path
     problem: str | None
-    seconds: float  # from the call of `save` to the end of the writing
+    seconds: float
+    left_behind: str | None = None
 
 
 class Saver:
@@ -168,8 +177,11 @@ class Saver:
         staging, main = self._staging, distributed.is_main()
         staging.clear()
 
-        def take(key: str, values: Tensor, reads: int) -> None:
-            if in_place and values.device.type == "cpu" and values.is_contiguous():
+        def take(key: str, values: Tensor, reads: int, own: bool) -> None:
+            on_host = values.device.type == "cpu" and values.is_contiguous()
+            if own and on_host:
+                staging.keep(key, values)
+            elif in_place and on_host:
                 staging.hold(key, values, reads)
             else:
                 staging.copy(key, values)
@@ -180,8 +192,9 @@ class Saver:
                 continue
             whole = part.values.numel() == math.prod(part.shape)
             twice = main and whole and part.name.startswith("trunk.")  # for trunk/ too
-            take(f"weight/{part.name}", part.values, 2 if twice else 1)
-            take(f"momentum/{part.name}", part.momentum, 1)
+            own = part is not held  # cut out of the padding, so a copy already
+            take(f"weight/{part.name}", part.values, 2 if twice else 1, own)
+            take(f"momentum/{part.name}", part.momentum, 1, own)
             placement[part.name] = {"shape": list(part.shape), "offset": part.offset}
         if main:
             for name, buffer in buffers_without_padding(model):
@@ -214,17 +227,18 @@ class Saver:
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         _write_rank(job, self._staging)
-        problem = None
+        problem = left_behind = None
         try:
             if distributed.is_main():
                 self._finish(job, self._reports(job.partial))
+                left_behind = self._prune(checkpoint_folder(self.root, job.step))
         # Whatever it is, the training goes on with the checkpoint before.
         except Exception as error:
             problem = one_line(error)
             shutil.rmtree(job.partial, ignore_errors=True)
         self._staging.clear()
         if distributed.is_main():
-            self._end(job.step, problem, job.began)
+            self._end(job.step, problem, job.began, left_behind)
 
     def _reports(self, partial: Path) -> dict[str, Stamp]:
         """The files of all ranks, once each has said that its own is written.
@@ -273,19 +287,25 @@ class Saver:
         files |= {f"trunk/{name}": written for name, written in trunk.items()}
         write_manifest(job.partial, content, files)
         publish(job.partial, checkpoint_folder(self.root, job.step))
-        self._prune(checkpoint_folder(self.root, job.step))
 
-    def _prune(self, folder: Path) -> None:
-        saved = list_checkpoints(self.root)
-        here = saved.index(folder)
-        for later in saved[here + 1 :]:  # of an attempt that was resumed from before them
-            set_aside(later)
-        for old in expired(saved[: here + 1], keep=self.keep, keep_every=self.keep_every):
-            delete(old)
+    def _prune(self, folder: Path) -> str | None:
+        """Deletes what is not kept, once `folder` is whole; why not, if the disk refuses."""
+        try:
+            saved = list_checkpoints(self.root)
+            here = saved.index(folder)
+            for later in saved[here + 1 :]:  # of an attempt that was resumed from before them
+                set_aside(later)
+            for old in expired(saved[: here + 1], keep=self.keep, keep_every=self.keep_every):
+                delete(old)
+        except OSError as error:
+            return one_line(error)
+        return None
 
-    def _end(self, step: int, problem: str | None, began: float) -> None:
-        folder = checkpoint_folder(self.root, step)
-        self._outcomes.append(Outcome(step, folder, problem, time.monotonic() - began))
+    def _end(
+        self, step: int, problem: str | None, began: float, left_behind: str | None = None
+    ) -> None:
+        folder, seconds = checkpoint_folder(self.root, step), time.monotonic() - began
+        self._outcomes.append(Outcome(step, folder, problem, seconds, left_behind))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,10 @@ class Staging:
         self._now[key] = source.detach()
         self._live[key] = reads
 
+    def keep(self, key: str, own: Tensor) -> None:
+        """Takes a contiguous tensor on the CPU that nobody else has."""
+        self._now[key] = own.detach()
+
     @property
     def live(self) -> bool:
         """Whether anything that the training has is still to be read."""

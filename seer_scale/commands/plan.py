@@ -25,9 +25,15 @@ EXAMPLES = """\
   seer-scale plan --recipe seer_256gf --hardware h100_80gb --nodes 8 --gpus-per-node 8
   seer-scale plan --recipe seer_rg10b --hardware a100_40gb --nodes 62 --gpus-per-node 8 \\
     --strategy fsdp --json plan.json
-  seer-scale plan --recipe seer_256gf --hardware h200_141gb --nodes 4 --gpus-per-node 8 \\
+  seer-scale plan --recipe seer_256gf --hardware h200_141gb --nodes 8 --gpus-per-node 8 \\
     --search
 """
+# What takes least memory of a rank, with strategy fsdp.
+ROOMIEST = (
+    "sharding.activation_checkpointing=full",
+    "sharding.checkpoint_groups=null",
+    "sharding.sync_bn_group_size=0",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,8 +144,16 @@ def advice(found: Found, more: Plan | None) -> str:
             f"{least.missing_gib:.1f} GiB too much"
         )
     if more is not None:
-        text += f"; {more.strategy} with full recomputation fits {more.nodes} nodes of this kind"
+        nodes = "1 node" if more.nodes == 1 else f"{more.nodes} nodes"
+        text += f"; {more.strategy} with full recomputation fits {nodes} of this kind"
     return text
+
+
+def others(overrides: Sequence[str]) -> list[str]:
+    """Overrides but those that `ROOMIEST` and its strategy decide."""
+    decided = {"sharding.strategy", "sharding.deepspeed_config", "sharding.shard_size"}
+    decided |= {key for key, _, _ in (line.partition("=") for line in ROOMIEST)}
+    return [line for line in overrides if line.partition("=")[0] not in decided]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -179,9 +193,8 @@ def main(argv: Sequence[str]) -> int:
                 options.hardware,
                 gpus_per_node=options.gpus_per_node,
                 strategy="fsdp",
-                overrides=["sharding.activation_checkpointing=full",
-                           "sharding.checkpoint_groups=null", "sharding.sync_bn_group_size=0"],
-            )  # fmt: skip
+                overrides=[*others(rest), *ROOMIEST],
+            )
             print(f"\n{advice(found, more)}")
         elif options.search:
             print(f"{table(found)}\n\n{found.fitting[0].command}")

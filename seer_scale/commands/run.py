@@ -5,6 +5,7 @@ Nothing is imported but the command that is asked for, so `--help` and `--versio
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib import import_module
@@ -57,6 +58,8 @@ def run(command: str, argv: list[str]) -> NoReturn:
         sys.exit(status)
     except UserError as error:
         exit_with(error)
+    except BrokenPipeError:
+        reader_is_gone()
     except Exception as error:
         refused = refusal(error)
         if refused is None:
@@ -67,11 +70,22 @@ def run(command: str, argv: list[str]) -> NoReturn:
         sys.exit(128 + signal.SIGINT)
 
 
+def reader_is_gone() -> NoReturn:
+    """Leaves when whoever read the output has had enough, as other programs do."""
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # for the interpreter's last word
+    sys.exit(128 + signal.SIGPIPE)
+
+
 def main() -> NoReturn:
     """The console script."""
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(HELP)
+        try:
+            print(HELP, flush=True)
+        except BrokenPipeError:
+            reader_is_gone()
         sys.exit(0)
     if command == "--version":
         print(f"seer-scale {__version__}")

@@ -121,9 +121,9 @@ class PooledConv(nn.Conv2d):
 class PointwiseConv(nn.Conv2d):
     """A 1x1 convolution of stride 1; on a CPU in channels_last a matrix product over all pixels.
 
-    That is a tenth of a step faster than oneDNN's convolution (docs/performance.md), and with one
-    thread and few images torch takes a convolution instead whose output is contiguous, so that all
-    operations around it meet two formats. Parameters keep their names and shapes.
+    That is faster than oneDNN's convolution, and with one thread and few images torch takes one
+    instead whose output is contiguous, so that all operations around it meet two formats
+    (docs/performance.md). Parameters keep their names and shapes.
     """
 
     def forward(self, input: Tensor) -> Tensor:

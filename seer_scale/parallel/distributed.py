@@ -132,7 +132,12 @@ def all_reduce(
     """Reduces `tensor` in place over `group` and returns it."""
     if world_size(group) > 1:
         kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
-        _off_the_clock(dist.all_reduce, tensor, kind, group)
+        # NCCL knows GPUs only, and ZeRO's offload has norms on the host.
+        on_host = tensor.device.type == "cpu" and dist.get_backend(group) == "nccl"
+        sent = tensor.cuda() if on_host else tensor
+        _off_the_clock(dist.all_reduce, sent, kind, group)
+        if on_host:
+            tensor.copy_(sent)
     return tensor
 
 

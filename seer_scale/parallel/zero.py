@@ -168,6 +168,8 @@ class ZeroEngine:
 
         With offload to NVMe gradients are on disk, and the optimizer reduces tensor by tensor.
         """
+        if self._offload == "cpu" and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # gradients may still be on their way
         zero = self._engine.optimizer
         masters = (
             zero.fp32_partitioned_groups_flat

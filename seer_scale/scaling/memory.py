@@ -166,8 +166,8 @@ class _Walk:
         for index, held in enumerate(self._activations()[1]):
             before = self._partitioned(self.parts[:index])
             arrived = min(bucket, whole - before // bucket * bucket) if bucket else 0
-            fetched = live + (arrived if before < live else 0)
-            moments.append(_Moment(self.state.gradients, held, self._standing(), FLOAT * fetched))
+            fetched = FLOAT * (live + arrived)
+            moments.append(_Moment(self.state.gradients, held, self._standing(), fetched))
         return moments
 
     def backward(self) -> list[_Moment]:

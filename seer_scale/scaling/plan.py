@@ -50,6 +50,7 @@ class Plan:
         gpus_per_node: ranks of each.
         images: of the whole run.
         shape: parameters.
+        recomputed: positions of the blocks whose activations are.
         flops: per image.
         memory: bytes per rank.
         bytes_per_step: that a rank sends, by kind.
@@ -65,6 +66,7 @@ class Plan:
     gpus_per_node: int
     images: float
     shape: Shape
+    recomputed: frozenset[int]
     flops: Flops
     memory: Memory
     bytes_per_step: dict[str, float]
@@ -243,6 +245,7 @@ def plan(
         gpus_per_node,
         images or train.steps * batch,
         shape,
+        recomputed,
         flops,
         memory,
         bytes_by_kind(found),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.memory import build_engine, configuration
 from seer_scale.checkpoint import CheckpointReader, Outcome, Saver, list_checkpoints, saving
 from seer_scale.checkpoint.retention import expired
 from seer_scale.parallel import distributed as ranks
@@ -91,6 +93,57 @@ def test_what_is_written_is_the_moment_of_the_call(
     found = whole(outcome.folder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_not_the_new_one_s_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, saver = trained(), saver_of(tmp_path, keep=1)
+    start(saver, 1, model)
+
+    def busy(folder: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+
+    monkeypatch.setattr(saving, "delete", busy)  # as on NFS while somebody reads it
+    start(saver, 2, model)
+    saver.wait()
+    first, second = saver.outcomes()
+    assert (first.problem, first.left_behind) == (None, None)
+    assert second.problem is None
+    assert "step_00000001" in (second.left_behind or "")
+    assert whole(second.folder)
+
+
+def test_what_is_cut_out_of_padding_is_not_copied_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration("model.trunk=regnety_debug", "model.align_channels=3")
+    engine, saver = build_engine(config)[0], saver_of(tmp_path)
+    with held_back(monkeypatch) as may_write:
+        saver.save(
+            step=1,
+            slices=engine.slices(),
+            writes_slices=True,
+            model=engine.model,
+            local_state={},
+            manifest={},
+            in_place=True,
+        )
+        padded = {held.name for held in engine.slices() if held.padding is not None}
+        live = {key.partition("/")[2] for key in saver._staging._live}
+        assert padded
+        assert live == {held.name for held in engine.slices()} - padded
+        saver.before_update()
+        change(*[tensor for held in engine.slices() for tensor in (held.values, held.momentum)])
+        may_write.set()
+        saver.wait()
+    assert ended(saver) == [(1, None)]
+    fresh = build_engine(config)[0]
+    for held in fresh.slices():
+        assert torch.equal(
+            CheckpointReader(tmp_path / "step_00000001").whole(held.name).view(-1),
+            held.without_padding().values,
+        )
 
 
 @torch.no_grad()

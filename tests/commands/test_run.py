@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -132,3 +133,16 @@ def test_help_comes_within_a_second() -> None:
         assert say("--help").returncode == 0
         times.append(time.perf_counter() - began)
     assert min(times) < 1
+
+
+@pytest.mark.parametrize("words", [("completion", "bash"), ("--help",)])
+def test_a_reader_that_has_gone_is_no_traceback(words: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*SEER_SCALE, *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

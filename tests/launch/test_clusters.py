@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from seer_scale.check import check_sharding
 from seer_scale.errors import LOST_RANK_STATUS, REQUEUE_STATUS
 from seer_scale.ports import free_port
 from seer_scale.recipe import parse
@@ -188,6 +189,11 @@ def test_the_pytorchjob_is_one() -> None:
     command = [*container["command"], *container["args"]]
     assert command[:4] == ["torchrun", "-m", "seer_scale", "pretrain"]
     parsed = parse(command[4:], recipes=RECIPES)
+    ranks = int(spec["nprocPerNode"])
+    for nodes in range(elastic["minReplicas"], elastic["maxReplicas"] + 1):
+        check_sharding(
+            parsed.config, None, world_size=nodes * ranks, local_world_size=ranks, cuda=True
+        )
     assert parsed.resume == "auto"
     assert Path(parsed.config.run.dir).is_relative_to(mounted["runs"])
     assert Path(parsed.config.data.path).is_relative_to(mounted["data"])
