@@ -251,8 +251,11 @@ def _expected(key: str, value: Any) -> str:
     if key in ZERO_BOOLEANS:
         return "" if isinstance(value, bool) else "true or false"
     if key in ZERO_OFFLOADS:
-        device = value.get("device") if isinstance(value, dict) else None
-        return "" if device in OFFLOAD_DEVICES else "an object whose device is cpu, nvme or none"
+        section = value if isinstance(value, dict) else {}
+        if section.get("device") not in OFFLOAD_DEVICES:
+            return "an object whose device is cpu, nvme or none"
+        # Norms of tensors on two devices would have to be brought together first.
+        return "" if section.get("ratio", 1) == 1 else "an object whose ratio is 1, or without one"
     return ""
 
 

@@ -208,6 +208,7 @@ def test_missing_file(tmp_path: Path) -> None:
         ("offload_optimizer", {"device": "gpu"}, "an object whose device is cpu, nvme or none"),
         ("offload_optimizer", {}, "an object whose device is cpu, nvme or none"),
         ("offload_param", {"device": ["cpu"]}, "an object whose device is cpu, nvme or none"),
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}, "an object whose ratio is 1"),
     ],
 )
 def test_wrong_types(key: str, value: Any, takes: str) -> None:
