@@ -15,7 +15,9 @@ from seer_scale.data import Source
 from seer_scale.errors import UserError
 from seer_scale.parallel import distributed, failure
 from seer_scale.rewinds import Rewind, read_rewinds, record
-from seer_scale.trainer import Spike, Stop, Trainer
+from seer_scale.spikes import Spike
+from seer_scale.stopping import Stop
+from seer_scale.trainer import Trainer
 
 
 def train(

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 WINDOW = 64  # losses that a spike is held against; before there are so many, none is one
 LEAST = 0.005  # of the median, the smallest spread that is reckoned with
+
+
+class Spike(NamedTuple):
+    """The step that a rewind answers, and the position of the stream after it."""
+
+    step: int
+    loss: float
+    threshold: float
+    samples_seen: int
 
 
 def spike_threshold(losses: Sequence[float], mads: float) -> float:

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import math
 import resource
-import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Mapping
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +26,7 @@ from seer_scale.data import BadSample, DeviceBatches, MicroBatch, Source
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.models import seeded_values
 from seer_scale.nonfinite import culprits, dump
-from seer_scale.objectives import build_objective, collapse_warning
+from seer_scale.objectives import CollapseWatch, build_objective
 from seer_scale.optim import apply_schedule
 from seer_scale.parallel import distributed
 from seer_scale.parallel.compile import check_compiler
@@ -46,33 +41,15 @@ from seer_scale.records import Records
 from seer_scale.rewinds import RECORD, position_after, read_rewinds
 from seer_scale.saves import Saves, TrainState
 from seer_scale.schedules import prototypes_frozen
+from seer_scale.spikes import Spike
 from seer_scale.step_guard import StepGuard, Verdict
+from seer_scale.step_totals import StepTotals, Totals
+from seer_scale.stopping import Stop, StopSignals
 
-COLLAPSE_WINDOW = 50  # steps that a verdict is averaged over
-SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
 SKIPPED = "update_skipped"  # in a step that was no ordinary one: 1 if its update was left out
 TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
-
-# What batch systems send before they take a job's machines away.
-REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class Stop(Enum):
-    """Why a run ended before its last step, if it did."""
-
-    NO = "the last step"
-    DONE = "somebody wants it to end"  # SIGINT
-    REQUEUE = "its machines are taken away, and it is to go on elsewhere"
-    REWIND = "its loss jumped, and it is to go on from its last checkpoint"
-
-
-class Spike(NamedTuple):
-    """The step that a rewind answers, and the position of the stream after it."""
-
-    step: int
-    loss: float
-    threshold: float
-    samples_seen: int
+# Of a run's folder, logged as artifacts when it ends.
+RECORDS = ("curve.png", "metrics.jsonl", "bad_samples.jsonl", "refreshes.jsonl", RECORD)
 
 
 class Trainer:
@@ -98,11 +75,7 @@ class Trainer:
         self.config, self.device = config, device
         self.run_dir = Path(config.run.dir)
         self.global_batch = build.global_batch(config)
-        self._stop_signal: int | None = None
-        self._handlers = {
-            signum: signal.signal(signum, self._on_signal)
-            for signum in (signal.SIGINT, *REQUEUE_SIGNALS)
-        }
+        self.stop_signals = StopSignals()
         if config.train.compile:
             check_compiler(device)
         seed_rank(config.run.seed, distributed.rank())
@@ -163,7 +136,8 @@ class Trainer:
         self.watchdog = Watchdog(60 * config.run.hang_minutes)
         self.records = self._open_records()
         self.saves = Saves(config, self.tracker, self.records, self._say, evaluation)
-        self._recent: deque[dict[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
+        optim = config.optim
+        self.collapse = CollapseWatch(max(optim.warmup_steps, optim.freeze_prototypes_steps))
         self.utilisation = build.utilisation_of(config, device, self.plan, self._say)
         self.stragglers = Stragglers(self._say)
         CLOCK.take()  # what an earlier run of this process has left
@@ -186,7 +160,7 @@ class Trainer:
         began = time.perf_counter()
         worked = CLOCK.take()  # in the step before
         self._apply_schedules()
-        sums: dict[str, Tensor] = {}
+        sums = StepTotals(self.device, self.config.train.gradient_accumulation)
         micro_batches: list[MicroBatch] = []
         losses: list[Tensor] = []
         scored: list[Tensor] = []
@@ -206,10 +180,7 @@ class Trainer:
                     embeddings, scores = self.engine(batch.crops, queue)
                 with self.profiler.range("loss"):
                     loss, metrics = self.objective(embeddings, scores)
-            for name, value in {**metrics, "loss": loss}.items():
-                if not isinstance(value, Tensor):
-                    value = torch.full((), value, device=self.device)
-                sums[name] = sums.get(name, 0) + value.detach().float()
+            sums.add({**metrics, "loss": loss})
             losses.append(loss.detach())
             scored.append(scores.detach())
             last = micro + 1 == self.config.train.gradient_accumulation
@@ -223,38 +194,54 @@ class Trainer:
         self.state.advance(self.global_batch)
 
         # The step's one wait for the device; the loss scale of float16 has another.
-        means, norm, bad, work, stop, refresh = self._reduce(sums, grad_norm, micro_batches, worked)
-        scale = self.engine.loss_scale
-        overflow = scale is not None and scale.overflowed
+        totals = sums.over_ranks(
+            grad_norm,
+            bad=sum(len(batch.bad) for batch in micro_batches),
+            worked=worked,
+            stop=self.stop_signals.wish,
+            refresh=self.collection.due(self.state.step, self.state.samples_seen),
+        )
         # All of it is the same on every rank, so all do the same.
-        verdict = self.guard.judge(means["loss"], norm, overflow=overflow)
+        mean, norm, stop = totals.means["loss"], totals.grad_norm, totals.stop
+        verdict = self.guard.judge(mean, norm, overflow=self._overflowed)
         if verdict is Verdict.NONFINITE:
-            self._leave_out(means["loss"], norm, micro_batches, losses, scored)
-        elif verdict is not Verdict.GOOD and self._answer_spike(means["loss"], verdict, stop):
+            self._leave_out(mean, norm, micro_batches, losses, scored)
+        elif verdict is not Verdict.GOOD and self._answer_spike(mean, verdict, stop):
             stop = Stop.REWIND
-        self._record_samples(micro_batches, bad)
+        self._record_samples(micro_batches, totals.bad)
         seconds = time.perf_counter() - began
-        rate = self.global_batch / seconds / distributed.world_size()  # of one rank
-        line: dict[str, float] = {
-            **means,
-            **({} if verdict is Verdict.GOOD else {SKIPPED: float(verdict is not Verdict.SPIKE)}),
-            "lr": self.engine.param_groups[0]["lr"],
-            "grad_norm": norm,
-            **(
-                {"loss_scale": scale.stepped_with, "loss_scale_overflow": float(overflow)}
-                if scale
-                else {}
-            ),
-            **self.stragglers.observe(work),
-            **(self.utilisation.metrics(rate) if self.utilisation else {}),
+        return self._metrics(totals, verdict, seconds, waited), stop, totals.refresh
+
+    @property
+    def _overflowed(self) -> bool:
+        """Whether the loss scale of float16 has skipped the step."""
+        return self.engine.loss_scale is not None and self.engine.loss_scale.overflowed
+
+    def _metrics(
+        self, totals: Totals, verdict: Verdict, seconds: float, waited: float
+    ) -> dict[str, float]:
+        """A step's line in metrics.jsonl."""
+        line = {**totals.means}
+        if verdict is not Verdict.GOOD:
+            line[SKIPPED] = float(verdict is not Verdict.SPIKE)
+        line |= {"lr": self.engine.param_groups[0]["lr"], "grad_norm": totals.grad_norm}
+        if scale := self.engine.loss_scale:
+            line |= {
+                "loss_scale": scale.stepped_with,
+                "loss_scale_overflow": float(scale.overflowed),
+            }
+        line |= self.stragglers.observe(totals.work)
+        if self.utilisation:
+            of_a_rank = self.global_batch / seconds / distributed.world_size()
+            line |= self.utilisation.metrics(of_a_rank)
+        return line | {
             "images_per_second": self.global_batch / seconds,
             "step_time": seconds,
             "data_time": waited,
             "peak_memory_gib": peak_memory_gib(self.device),
             "samples_seen": self.state.samples_seen,
-            "bad_samples": bad,
+            "bad_samples": totals.bad,
         }
-        return line, stop, refresh
 
     def _leave_out(
         self,
@@ -303,37 +290,6 @@ class Trainer:
             self.engine.param_groups,
             lr=build.learning_rate_of(self.config, step),
             frozen=PROTOTYPES if still else frozenset(),
-        )
-
-    def _reduce(
-        self,
-        sums: Mapping[str, Tensor],
-        grad_norm: Tensor,
-        micro_batches: list[MicroBatch],
-        worked: float,
-    ) -> tuple[dict[str, float], float, int, list[float], Stop, bool]:
-        """Means over ranks and micro-batches, the norm, bad images, every rank's work, and what
-        ranks wish; by one all-reduce, and one copy to the host.
-        """
-        bad = sum(len(batch.bad) for batch in micro_batches)
-        scale = 1 / (distributed.world_size() * self.config.train.gradient_accumulation)
-        stop, requeue = self._stop_signal is not None, self._stop_signal in REQUEUE_SIGNALS
-        due = self.collection.due(self.state.step, self.state.samples_seen)
-        work = [0.0] * distributed.world_size()
-        work[distributed.rank()] = worked
-        wishes = torch.tensor([bad, stop, requeue, due, *work], dtype=torch.float32)
-        means = torch.stack(list(sums.values()))
-        stacked = torch.cat([means, wishes.to(self.device, non_blocking=True)])
-        norm = grad_norm.to(self.device, non_blocking=True)[None]  # the same on all ranks
-        values = torch.cat([distributed.all_reduce(stacked), norm]).tolist()
-        total_bad, stops, requeues, dues, *work, found_norm = values[len(sums) :]
-        return (
-            {name: mean * scale for name, mean in zip(sums, values, strict=False)},
-            found_norm,
-            int(total_bad),
-            work,
-            Stop.REQUEUE if requeues else Stop.DONE if stops else Stop.NO,
-            bool(dues),
         )
 
     def _record_samples(self, micro_batches: list[MicroBatch], bad: int) -> None:
@@ -411,27 +367,17 @@ class Trainer:
             self.records.close()
             if causes := self.bad_samples.report():
                 self._say(f"images that could not be used and were replaced: {causes}")
-            for name in (
-                "curve.png",
-                "metrics.jsonl",
-                "bad_samples.jsonl",
-                "refreshes.jsonl",
-                RECORD,
-            ):
+            for name in RECORDS:
                 if (self.run_dir / name).exists():
                     self.tracker.log_artifact(self.run_dir / name)
         # Nobody who stopped a run wants to wait for its records.
         sent = self.tracker.close(status, wait_s=TRACKER_SECONDS if status == "FINISHED" else 0.0)
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
+        self.stop_signals.close()
         if not sent and self.config.tracking.enabled:
             self._say(
                 "not everything has reached MLflow yet; the sender goes on for a while, and "
                 f"`seer-scale sync {self.run_dir}` sends what is left at any time"
             )
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self._stop_signal = signum
 
     def _log(self, metrics: dict[str, float]) -> None:
         if math.isfinite(metrics["loss"]):
@@ -445,14 +391,8 @@ class Trainer:
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.records.metrics(step, metrics)
         self.tracker.log_metrics(metrics, step)
-        self._recent.append(metrics)
-        optim = self.config.optim
-        settled = max(optim.warmup_steps, optim.freeze_prototypes_steps) + SETTLING_STEPS
-        if step >= settled and step % COLLAPSE_WINDOW == 0:
-            count = len(self._recent)
-            means = {key: sum(m.get(key, 0) for m in self._recent) / count for key in metrics}
-            if warning := collapse_warning(means):
-                self._say(f"warning: {warning}")
+        if warning := self.collapse.observe(step, metrics):
+            self._say(f"warning: {warning}")
 
     def _say(self, text: str) -> None:
         if self.progress:

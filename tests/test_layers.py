@@ -31,6 +31,8 @@ LAYERS = {
     "seer_scale.nonfinite": 3,
     "seer_scale.rewinds": 3,
     "seer_scale.step_guard": 3,
+    "seer_scale.step_totals": 3,
+    "seer_scale.stopping": 0,
     "seer_scale.spikes": 0,
     "seer_scale.checkpoint": 2,
     "seer_scale.optim": 2,

@@ -42,8 +42,8 @@ def run(arguments: recipe.Arguments) -> int:
     from seer_scale.parallel import distributed, failure
     from seer_scale.performance.host_memory import keep_freed_memory
     from seer_scale.scaling.advice import is_out_of_memory, out_of_memory
+    from seer_scale.stopping import Stop
     from seer_scale.tracking.uri import resolve_uri
-    from seer_scale.trainer import Stop
 
     check_sharding(
         config,

@@ -32,13 +32,14 @@ An installed package offers an objective, as NAME for `objective.name`, by an en
 """
 
 from seer_scale.objectives.build import OBJECTIVES, Objective, build_objective, check_options
-from seer_scale.objectives.collapse import collapse_warning
+from seer_scale.objectives.collapse import CollapseWatch, collapse_warning
 from seer_scale.objectives.simclr import SimCLR
 from seer_scale.objectives.sinkhorn import sinkhorn_knopp
 from seer_scale.objectives.swav import SwAV
 
 __all__ = [
     "OBJECTIVES",
+    "CollapseWatch",
     "Objective",
     "SimCLR",
     "SwAV",

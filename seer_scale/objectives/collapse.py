@@ -6,6 +6,7 @@ A collapsed trunk gives every image the same embedding; the loss then stays wher
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +18,8 @@ from seer_scale.parallel.distributed import all_reduce
 NEAR_GUESSING = 1e-3  # relative distance of the loss from ln K
 SMALL_STD = 0.01  # cosine of two images above 0.9999
 SMALL_USAGE = 0.1  # 16000 prototypes used like 3
+WINDOW = 50  # steps that a verdict is averaged over
+SETTLING_STEPS = 100  # after warm-up and freezing every run still looks collapsed
 
 REMEDIES = (
     "a smaller epsilon (0.03), a lower learning rate, prototypes frozen for more steps, "
@@ -77,3 +80,23 @@ def collapse_warning(metrics: Mapping[str, float]) -> str | None:
     if not signs:
         return None
     return f"The run looks collapsed: {' and '.join(signs)}; what usually helps is {REMEDIES}."
+
+
+class CollapseWatch:
+    """Asks `collapse_warning` every `WINDOW` steps, once a run has settled.
+
+    Args:
+        from_step: when warm-up is over and the prototypes move.
+    """
+
+    def __init__(self, from_step: int) -> None:
+        self._settled = from_step + SETTLING_STEPS
+        self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Takes in the metrics of a step; a sentence if the run looks collapsed."""
+        self._recent.append(metrics)
+        if step < self._settled or step % WINDOW:
+            return None
+        sums = {key: sum(m.get(key, 0) for m in self._recent) for key in metrics}
+        return collapse_warning({key: total / len(self._recent) for key, total in sums.items()})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from seer_scale.objectives import collapse_warning
+from seer_scale.objectives import CollapseWatch, collapse_warning
 from seer_scale.objectives.collapse import embedding_std, usage_entropy
 from tests.objectives.oracles import cosines
 
@@ -87,3 +87,15 @@ def test_several_signs_make_one_sentence():
 )
 def test_nothing_is_said_without_a_sign(metrics):
     assert collapse_warning(metrics) is None
+
+
+def test_a_run_is_judged_by_its_last_steps_once_it_has_settled():
+    watch, said = CollapseWatch(from_step=10), {}
+    for step in range(1, 251):
+        collapsed = step > 170  # of steps 151 to 200 three in five
+        metrics = HEALTHY | ({"embedding_std": 0.0} if collapsed else {})
+        said[step] = watch.observe(step, metrics)
+    assert [step for step, text in said.items() if text] == [250]
+    assert "embedding_std 0.0000" in said[250]
+    early = CollapseWatch(from_step=10)
+    assert not any(early.observe(step, {"embedding_std": 0.0}) for step in range(1, 110))

@@ -75,7 +75,7 @@ def test_a_run_that_is_not_profiled_leaves_nothing(
 
 def run_part(argv: list[str], steps: int) -> list[str]:
     """A run that is stopped while it is profiled; the files that it left."""
-    from seer_scale.trainer import Stop
+    from seer_scale.stopping import Stop
     from tests.jobs import open_trainer
 
     trainer = open_trainer(argv)
