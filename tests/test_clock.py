@@ -19,7 +19,8 @@ MOMENTS = {
     "seer_scale/tracking/spool.py": 1,
     "seer_scale/tracking/delivery.py": 2,
     "seer_scale/tracking/sender.py": 1,
-    "seer_scale/tracking/mlflow_client.py": 2,
+    "seer_scale/tracking/mlflow_client/models.py": 1,
+    "seer_scale/tracking/mlflow_client/results.py": 1,
 }
 
 

@@ -165,7 +165,7 @@ def violations(root: Path) -> list[str]:
         if path.name != "__init__.py":
             graph[module] = {n for n in ours if n in modules and modules[n].name != "__init__.py"}
         for package, sole in SOLE_IMPORTER.items():
-            if module != sole and any(within(name, package) for name in names):
+            if not within(module, sole) and any(within(name, package) for name in names):
                 found.append(f"{module} imports {package}, which only {sole} may")
         for part, allowed in ONLY.items():
             if within(module, part):

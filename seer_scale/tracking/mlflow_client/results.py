@@ -1,0 +1,116 @@
+"""What is found out after a training: evaluations under its run, studies above it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from seer_scale.errors import UserError
+from seer_scale.tracking.mlflow_client.run import MlflowRun
+from seer_scale.tracking.uri import one_line, redact
+
+_STUDY_TAG = "seer_scale.study"
+_PARENT_TAG = "mlflow.parentRunId"  # what MLflow's pages nest by
+
+
+def log_study(
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    identity: str,
+    children: Sequence[str],
+    files: Sequence[Path],
+    finished: bool,
+) -> str:
+    """Keeps the parent run of a study: its children nested below it, its report beside it.
+
+    Args:
+        uri: of the server.
+        experiment: that parent and children are in.
+        name: of the parent run.
+        identity: of the study; the same one keeps its parent run.
+        children: ids of the runs of its points.
+        files: to be kept as artifacts.
+        finished: whether no point is left.
+
+    Returns:
+        The parent's run id.
+
+    Raises:
+        UserError: if the server does not answer, or refuses.
+    """
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        known = client.get_experiment_by_name(experiment)
+        number = known.experiment_id if known else client.create_experiment(experiment)
+        found = client.search_runs([number], f"tags.`{_STUDY_TAG}` = '{identity}'")
+        run = found[0] if found else client.create_run(number, run_name=name)
+        run_id = str(run.info.run_id)
+        client.set_tag(run_id, _STUDY_TAG, identity)
+        for child in children:
+            client.set_tag(child, _PARENT_TAG, run_id)
+        for file in files:
+            client.log_artifact(run_id, str(file), "report")
+        client.update_run(run_id, status="FINISHED" if finished else "RUNNING")
+    except MlflowException as error:
+        raise UserError(f"the study is not kept at {redact(uri)}: {one_line(error)}") from None
+    return run_id
+
+
+def log_evaluation(
+    uri: str,
+    *,
+    run_id: str | None,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, str],
+    metrics: Mapping[str, float],
+    step: int,
+    files: Iterable[Path],
+    folder: str,
+    scratch: Path,
+) -> str:
+    """Logs metrics and files under a run, whose status stays as it is, or under one of its own.
+
+    Args:
+        uri: of the server, with credentials.
+        run_id: of the run, if there is one.
+        experiment: of a run of its own.
+        run_name: of a run of its own, which the same name finds again.
+        params: of a run of its own.
+        metrics: values by name.
+        step: of the model.
+        files: to be uploaded.
+        folder: of the run's artifacts that they go to.
+        scratch: unused while no model is logged.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        MlflowException: the server refuses, or does not answer.
+    """
+    run = MlflowRun(
+        uri,
+        experiment=experiment,
+        registered_name="",
+        spool_id=run_name,
+        run_id=run_id,
+        scratch=scratch,
+    )
+    now = time.time_ns() // 1_000_000
+    own = run_id is None
+    if own:
+        run.open(run_name, now)
+        run.log_params(params)
+    run.log_metrics((name, value, now, step) for name, value in metrics.items())
+    for file in files:
+        run.log_artifact(file, folder)
+    if own:
+        run.finish("FINISHED", now)
+    return str(run.run_id)
