@@ -11,7 +11,7 @@ from seer_scale.argument_types import Parser, at_least
 from seer_scale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from seer_scale.scaling.plan import Plan
+    from seer_scale.scaling.planned import Plan
     from seer_scale.scaling.search import Found
 
 SHOWN = 12  # lines of a search
@@ -165,7 +165,8 @@ def main(argv: Sequence[str]) -> int:
 
     # torch is first imported here: --help answers at once.
     from seer_scale.scaling.memory import GIB
-    from seer_scale.scaling.plan import plan, write_json
+    from seer_scale.scaling.plan import plan
+    from seer_scale.scaling.planned import write_json
     from seer_scale.scaling.search import nodes_needed, search
 
     where = {"gpus_per_node": options.gpus_per_node, "strategy": options.strategy}

@@ -11,7 +11,8 @@ from seer_scale import schema
 from seer_scale.config import RunConfig
 from seer_scale.errors import ConfigError
 from seer_scale.scaling.memory import GIB
-from seer_scale.scaling.plan import Plan, plan
+from seer_scale.scaling.plan import plan
+from seer_scale.scaling.planned import Plan
 
 ENOUGH = "b200_180gb"  # of the GPUs: how much memory there is does not change what is taken
 

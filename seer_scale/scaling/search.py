@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from seer_scale.errors import ConfigError
 from seer_scale.parallel.activation_profile import ActivationProfile, BlockProfile, Cost
 from seer_scale.scaling.hardware import Hardware, load_hardware
-from seer_scale.scaling.plan import STRATEGIES, Plan, plan, profile_of
+from seer_scale.scaling.plan import STRATEGIES, plan, profile_of
+from seer_scale.scaling.planned import Plan
 
 # No SwAV run with more images per step is published.
 LARGEST_BATCH = 16_384

@@ -11,7 +11,8 @@ from pathlib import Path
 import xxhash
 
 from seer_scale.errors import ConfigError, UserError
-from seer_scale.scaling.plan import Plan, plan
+from seer_scale.scaling.plan import plan
+from seer_scale.scaling.planned import Plan
 from seer_scale.scaling.study import Point, Study, points_of, read_study
 from seer_scale.scaling.study_report import write_report
 from seer_scale.scaling.study_results import row_of
