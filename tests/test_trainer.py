@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from seer_scale.checkpoint import CheckpointReader, list_checkpoints, saving
+from seer_scale.checkpoint import CheckpointReader, list_checkpoints, rank_files
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.loading import load
 from tests.jobs import ROOT, arguments, lines, losses, run_job, write_images
@@ -119,17 +119,17 @@ def test_resuming_equals_not_having_stopped_bit_for_bit(
 
 def run_with_late_writes(argv: list[str]) -> int:
     """The threads of saves sleep until the training has gone on by a step or more."""
-    write = saving.stream_tensors
+    write = rank_files.stream_tensors
 
     def late(*args: Any) -> Any:
         time.sleep(3)
         return write(*args)
 
-    saving.stream_tensors = late
+    rank_files.stream_tensors = late
     try:
         return run_job(argv)
     finally:
-        saving.stream_tensors = write
+        rank_files.stream_tensors = write
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,13 @@
 """Saving while training goes on: a thread of every rank writes what the rank holds.
 
-The stall of a save is the copying that cannot be put off (see `staging`). Ranks then meet in the
-checkpoint's folder, not in a collective, which would race with those of the training: each leaves a
-report beside its file, and rank 0 waits for all of them, adds the trunk and the manifest and gives
-the folder its name. So a checkpoint is there whole or not at all, and a rank that dies once its
-file is written costs nothing.
+The stall of a save is the copying that cannot be put off (see `staging`). Every rank writes its
+file (see `rank_files`); rank 0 waits for all of them, adds the trunk and the manifest and gives the
+folder its name. So a checkpoint is there whole or not at all, and a rank that dies once its file
+is written costs nothing.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -33,9 +31,9 @@ from seer_scale.checkpoint.manifest import (
     checkpoint_folder,
     list_checkpoints,
     one_line,
-    rank_file,
     write_manifest,
 )
+from seer_scale.checkpoint.rank_files import write_rank_file, written_files
 from seer_scale.checkpoint.reader import CheckpointReader, lazily
 from seer_scale.checkpoint.retention import expired
 from seer_scale.checkpoint.staging import Staging
@@ -44,10 +42,9 @@ from seer_scale.parallel import distributed
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.serving import versions, write_trunk
 from seer_scale.slices import Slice, buffers_without_padding
-from seer_scale.tensor_file import Stamp, from_tensors, stream_tensors
+from seer_scale.tensor_file import Stamp, from_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
-_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -226,11 +223,11 @@ class Saver:
             # Of this thread alone, on Linux: the training's threads come first.
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        _write_rank(job, self._staging)
+        write_rank_file(job.partial, job.placement, self._staging)
         problem = left_behind = None
         try:
             if distributed.is_main():
-                self._finish(job, self._reports(job.partial))
+                self._finish(job, written_files(job.partial, lambda: self._patience))
                 left_behind = self._prune(checkpoint_folder(self.root, job.step))
         # Whatever it is, the training goes on with the checkpoint before.
         except Exception as error:
@@ -239,30 +236,6 @@ class Saver:
         self._staging.clear()
         if distributed.is_main():
             self._end(job.step, problem, job.began, left_behind)
-
-    def _reports(self, partial: Path) -> dict[str, Stamp]:
-        """The files of all ranks, once each has said that its own is written.
-
-        Raises:
-            CheckpointError: if a rank could not write, or says nothing for too long.
-        """
-        files: dict[str, Stamp] = {}
-        began = time.monotonic()
-        for rank in range(distributed.world_size()):
-            path = _report(partial, rank)
-            while not path.exists():
-                if time.monotonic() - began > self._patience:
-                    raise CheckpointError(
-                        f"rank {rank} has not written its part in {self._patience:g} s"
-                    )
-                time.sleep(_POLL_S)
-            report = json.loads(path.read_text())
-            if "problem" in report:
-                raise CheckpointError(f"rank {rank} could not write its part: {report['problem']}")
-            files[rank_file(partial, rank).name] = Stamp(**report)
-        for rank in range(distributed.world_size()):
-            _report(partial, rank).unlink()
-        return files
 
     def _finish(self, job: Job, files: dict[str, Stamp]) -> None:
         content = {
@@ -366,26 +339,3 @@ def _all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(usual)
-
-
-def _report(folder: Path, rank: int) -> Path:
-    return folder / f".rank_{rank:05d}.json"
-
-
-def _write_rank(job: Job, staging: Staging) -> None:
-    rank = distributed.rank()
-    path = rank_file(job.partial, rank)
-    try:
-        placement = {"placement": json.dumps(job.placement)}
-        written = stream_tensors(path, staging.kinds(), staging.fill, placement)
-        report: dict[str, Any] = written._asdict()
-    except Exception as error:
-        # Room for the report, on a disk that is full.
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        report = {"problem": one_line(error)}
-    fresh = job.partial / f".rank_{rank:05d}.writing"
-    # Where even this cannot be written rank 0 runs out of patience.
-    with suppress(OSError):
-        fresh.write_text(json.dumps(report))
-        fresh.rename(_report(job.partial, rank))

@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.memory import build_engine, configuration
-from seer_scale.checkpoint import CheckpointReader, Outcome, Saver, list_checkpoints, saving
+from seer_scale.checkpoint import (
+    CheckpointReader,
+    Outcome,
+    Saver,
+    list_checkpoints,
+    rank_files,
+    saving,
+)
 from seer_scale.checkpoint.retention import expired
 from seer_scale.parallel import distributed as ranks
 from tests.checkpoint.test_checkpoint import TRUNK, cut, trained
@@ -63,14 +70,14 @@ def whole(folder: Path) -> dict[str, Tensor]:
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The threads of saves wait for the event before they write."""
-    may_write, write = threading.Event(), saving.stream_tensors
+    may_write, write = threading.Event(), rank_files.stream_tensors
 
     def late(*args: Any) -> Any:
         assert may_write.wait(60)
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "stream_tensors", late)
+        patch.setattr(rank_files, "stream_tensors", late)
         yield may_write
 
 
@@ -321,7 +328,7 @@ def test_a_rank_that_says_nothing_is_waited_for_no_longer_than_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(saving, "_write_rank", lambda job, staging: None)
+    monkeypatch.setattr(saving, "write_rank_file", lambda *given: None)
     saver = saver_of(tmp_path)
     start(saver, 1, trained())
     saver.wait()
@@ -356,13 +363,13 @@ def test_the_newest_and_every_mth_stay(tmp_path: Path) -> None:
 
 def test_only_the_writing_thread_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    write = saving.stream_tensors
+    write = rank_files.stream_tensors
 
     def spy(*args: Any) -> Any:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return write(*args)
 
-    monkeypatch.setattr(saving, "stream_tensors", spy)
+    monkeypatch.setattr(rank_files, "stream_tensors", spy)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     saver = saver_of(tmp_path)
     start(saver, 1, trained())

@@ -1,0 +1,79 @@
+"""Each rank's file of a checkpoint, and the report beside it by which ranks meet.
+
+They meet in the checkpoint's folder and not in a collective, which would race with those of the
+training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from seer_scale.checkpoint.manifest import one_line, rank_file
+from seer_scale.checkpoint.staging import Staging
+from seer_scale.errors import CheckpointError
+from seer_scale.parallel import distributed
+from seer_scale.tensor_file import Stamp, stream_tensors
+
+_POLL_S = 0.05
+
+
+def write_rank_file(partial: Path, placement: Mapping[str, Any], staging: Staging) -> None:
+    """Writes what this rank holds, and the report; a failure is a report too.
+
+    Args:
+        partial: folder of the checkpoint on its way.
+        placement: where each slice lies in its tensor, as JSON has it.
+        staging: the slices.
+    """
+    rank = distributed.rank()
+    path = rank_file(partial, rank)
+    try:
+        metadata = {"placement": json.dumps(placement)}
+        written = stream_tensors(path, staging.kinds(), staging.fill, metadata)
+        report: dict[str, Any] = written._asdict()
+    except Exception as error:
+        # Room for the report, on a disk that is full.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        report = {"problem": one_line(error)}
+    fresh = partial / f".rank_{rank:05d}.writing"
+    # Where even this cannot be written rank 0 runs out of patience.
+    with suppress(OSError):
+        fresh.write_text(json.dumps(report))
+        fresh.rename(_report(partial, rank))
+
+
+def written_files(partial: Path, patience_s: Callable[[], float]) -> dict[str, Stamp]:
+    """The files of all ranks, once each has said that its own is written.
+
+    Args:
+        partial: folder of the checkpoint on its way.
+        patience_s: seconds that a rank may take; asked again and again, as it may get less.
+
+    Raises:
+        CheckpointError: if a rank could not write, or says nothing for too long.
+    """
+    files: dict[str, Stamp] = {}
+    began = time.monotonic()
+    for rank in range(distributed.world_size()):
+        path = _report(partial, rank)
+        while not path.exists():
+            if time.monotonic() - began > patience_s():
+                raise CheckpointError(f"rank {rank} has not written its part in {patience_s():g} s")
+            time.sleep(_POLL_S)
+        report = json.loads(path.read_text())
+        if "problem" in report:
+            raise CheckpointError(f"rank {rank} could not write its part: {report['problem']}")
+        files[rank_file(partial, rank).name] = Stamp(**report)
+    for rank in range(distributed.world_size()):
+        _report(partial, rank).unlink()
+    return files
+
+
+def _report(folder: Path, rank: int) -> Path:
+    return folder / f".rank_{rank:05d}.json"
