@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -119,9 +120,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(
     needed, has = found["memory_gib_per_rank"]["total"], found["memory_gib_available"]
     assert f"this plan does not fit: a rank takes {needed:.1f} GiB and has {has:.1f}\n" in printed
     assert f"does not fit, {needed - has:.1f} GiB too much" in printed
-    # No way under ddp: another strategy, on more nodes.
+    # No way under ddp: another strategy.
     assert "nothing fits here: the least is" in printed
-    assert "nodes of this kind" in printed
+    assert re.search(r"fsdp with full recomputation fits (1 node|\d+ nodes) of this kind", printed)
     keep(tmp_path, "--recipe", "seer_256gf", *WHERE, "train.micro_batch_size=256",
          "sharding.sync_bn_group_size=8")  # fmt: skip
     printed = capsys.readouterr().out
