@@ -21,11 +21,13 @@ from tests.convert.vissl_layouts import content
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB, GIB = 2**20, 2**30
+# Not ru_maxrss, which a process takes over from the one that starts it.
 MEASURE = """
-import resource, sys
+import sys
+from benchmarks.resident import resident_bytes
 from seer_scale.commands.convert import main
 main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print("peak", resident_bytes("VmHWM"))
 """
 
 
