@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Elements that one core takes through all operations before the next: half a MiB of each tensor
 # stays in its caches, so main memory is read and written once and not once an operation.
@@ -39,7 +40,8 @@ def update_(
         momentum: share of the momentum that is kept.
         nesterov: Nesterov's momentum.
     """
-    if values[0].device.type != "cpu":
+    # Nor can a tensor without memory be asked.
+    if values[0].device.type != "cpu" or isinstance(values[0], FakeTensor):
         fused_update_(values, grads, momenta, on_grad, on_value, skipped, lr, momentum, nesterov)
         return
     if skipped:  # what is on the host need not be waited for

