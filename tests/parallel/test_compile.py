@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from seer_scale.errors import ConfigError
+from seer_scale.parallel import distributed
 from seer_scale.parallel.compile import check_compiler
 from tests.jobs import arguments, losses, run_job, write_images
 
@@ -30,9 +31,12 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_compiled_run_has_the_losses_of_any_other(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     found = []
-    for compiled in ("false", "true"):
-        run = tmp_path / compiled
-        options = (f"train.compile={compiled}", "train.steps=3")
-        assert run_job(arguments(images, run, *options)) == 3
-        found.append(losses(run))
+    try:
+        for compiled in ("false", "true"):
+            run = tmp_path / compiled
+            options = (f"train.compile={compiled}", "train.steps=3")
+            assert run_job(arguments(images, run, *options)) == 3
+            found.append(losses(run))
+    finally:
+        distributed.shutdown()  # of this process, where other tests follow
     assert found[1] == pytest.approx(found[0], rel=1e-4)
