@@ -248,10 +248,10 @@ def test_what_was_just_saved_stays_whatever_later_steps_an_earlier_attempt_left(
 KILLED = """
 import sys, time
 from pathlib import Path
-import seer_scale.checkpoint.saving as saving, seer_scale.serving as serving
+import seer_scale.checkpoint.rank_files as rank_files, seer_scale.serving as serving
 from tests.checkpoint.test_checkpoint import trained, write
 
-root, module = Path(sys.argv[1]), {"slices": saving, "trunk": serving}[sys.argv[2]]
+root, module = Path(sys.argv[1]), {"slices": rank_files, "trunk": serving}[sys.argv[2]]
 write(root, 1, model=trained(seed=1))
 original = module.stream_tensors
 

@@ -73,9 +73,15 @@ def test_another_precision_and_strategy_go_on_from_the_same_weights(
     step_4 = half / "checkpoints" / "step_00000004"
     more = [*common, "sharding.strategy=fsdp", "train.steps=5", "--resume", str(step_4)]
     distributed(run_job, 2, arguments(images, full, *more))
-    # one step from the same masters: they differ by 8 bits of mantissa, in the forward alone
-    assert losses(full) == pytest.approx(losses(half)[4:5], rel=0.01)
+    # One step from the same masters: they differ by 8 bits of mantissa, in the forward alone. That
+    # is below 1 % where bf16 is emulated, and 1.03 % on a processor that multiplies it (AMX).
+    assert losses(full) == pytest.approx(losses(half)[4:5], rel=0.02)
     assert losses(full) != losses(half)[4:5]
+    # The same weights exactly: float32 under another strategy makes the same step of them.
+    again = tmp_path / "again"
+    more[2] = "sharding.strategy=ddp"
+    distributed(run_job, 2, arguments(images, again, *more))
+    assert losses(full) == pytest.approx(losses(again), rel=1e-5)
 
 
 def run_with_small_files(argv: list[str], bytes_: int) -> str:
