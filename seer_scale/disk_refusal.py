@@ -58,9 +58,8 @@ def _full(argv: Sequence[str]) -> Iterator[str]:
     for label, path in [*_named(argv), *_implied()]:
         there = next(place for place in (path, *path.parents) if os.path.exists(place))
         room = os.statvfs(there)
-        written_to = (
-            room.f_blocks and not room.f_flag & os.ST_RDONLY
-        )  # or nothing is free by nature
+        # Images that are mounted read-only and the like have nothing free by nature.
+        written_to = room.f_blocks and not room.f_flag & os.ST_RDONLY
         if written_to and room.f_bavail * room.f_frsize < HARDLY_ANY:
             yield label
 

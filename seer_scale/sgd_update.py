@@ -40,7 +40,7 @@ def update_(
         momentum: share of the momentum that is kept.
         nesterov: Nesterov's momentum.
     """
-    # Nor can a tensor without memory be asked.
+    # A GPU decides by itself; what has no memory, as in an estimate, cannot be asked at all.
     if values[0].device.type != "cpu" or isinstance(values[0], FakeTensor):
         fused_update_(values, grads, momenta, on_grad, on_value, skipped, lr, momentum, nesterov)
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from seer_scale.config import RunConfig
@@ -296,9 +297,12 @@ class _Walk:
 
     def _partitioned(self, parts: Sequence[Part]) -> float:
         """Parameters of parts that stage 3 does not keep whole."""
+        return self._partitioned_share * sum(part.whole for part in parts)
+
+    @cached_property
+    def _partitioned_share(self) -> float:
         small = int(self.zero.get("stage3_param_persistence_threshold", 0))
-        share = sum(size for size in self.shape.tensors if size > small) / self.shape.total
-        return share * sum(part.whole for part in parts)
+        return sum(size for size in self.shape.tensors if size > small) / self.shape.total
 
     def _prefetched(self) -> int:
         return int(self.zero.get("stage3_prefetch_bucket_size", 50_000_000))
