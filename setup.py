@@ -10,7 +10,7 @@ for line in (ROOT / "seer_scale" / "__init__.py").read_text().splitlines():
     if line.startswith("__version__"):
         VERSION["version"] = line.split('"')[1]
 
-# Folders beside the package that a wheel carries inside it; seer_scale/shipped.py finds them.
+# Folders beside the package that a wheel carries inside; seer_scale/config/shipped.py finds them.
 SHIPPED = {
     "seer_scale.launch.recipes": "launch/recipes",
     "seer_scale.launch.studies": "launch/studies",
@@ -27,7 +27,7 @@ setup(
     packages=[*find_packages(include=["seer_scale", "seer_scale.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={
-        "seer_scale": ["py.typed", "scaling/hardware/*.yaml"],
+        "seer_scale": ["py.typed", "performance/hardware/*.yaml"],
         **{package: ["*.yaml", "*.json"] for package in SHIPPED},
     },
     entry_points={"console_scripts": ["seer-scale=seer_scale.commands.run:main"]},

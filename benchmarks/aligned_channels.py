@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import record
 from seer_scale.models import TRUNKS, align_channels, build_trunk
-from seer_scale.scaling.flops import trunk_layers
+from seer_scale.performance.flops import trunk_layers
 
 COMMAND = "python benchmarks/aligned_channels.py --write"
 DOCUMENT = record.ROOT / "docs" / "performance.md"

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import bench_parts, record, train_step
+from seer_scale.distributed.ports import free_port
 from seer_scale.performance.host_memory import keep_freed_memory
-from seer_scale.ports import free_port
 
 COMMAND = "make bench"
 DOCUMENT = record.ROOT / "docs" / "performance.md"

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from benchmarks import peers, record
 from benchmarks.memory import RECIPE
 from benchmarks.train_step import our_step
-from seer_scale import build
 from seer_scale.config import RunConfig
+from seer_scale.config.recipe import parse
+from seer_scale.distributed.ports import free_port
 from seer_scale.models import build_model, initialise
-from seer_scale.ports import free_port
-from seer_scale.recipe import parse
+from seer_scale.train import build
 
 COMMAND = "make bench-gpu"
 DOCUMENT = record.ROOT / "docs" / "performance.md"

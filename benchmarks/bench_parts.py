@@ -23,12 +23,12 @@ from benchmarks.memory import (
     fresh,
 )
 from benchmarks.train_step import arguments, in_turns
+from seer_scale.config.recipe import parse
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import SwAV
-from seer_scale.optim import SliceSGD, parameter_groups
+from seer_scale.optim.slice_sgd import SliceSGD, parameter_groups
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
-from seer_scale.recipe import parse
-from seer_scale.scaling import plan
+from seer_scale.planner import plan
 
 Row = dict[str, Any]
 PROTOTYPES, IMAGES = 16_000, 16  # SEER's; images a rank
@@ -210,9 +210,9 @@ def startup(repeats: int) -> list[Row]:
 
 def overhead(repeats: int) -> list[Row]:
     """Turns of one trainer, whole and bare: the bare one does what computes, and nothing else."""
+    from harness.jobs import write_images
     from seer_scale.data import open_source
-    from seer_scale.trainer import Trainer
-    from tests.jobs import write_images
+    from seer_scale.train.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", 64)

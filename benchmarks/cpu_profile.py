@@ -1,4 +1,4 @@
-"""What `seer_scale/scaling/hardware/cpu.yaml` says, measured again; and the planner's times by it.
+"""What `performance/hardware/cpu.yaml` says, measured again; and the planner's times by it.
 
 One process per core: the peak of a matrix product, copying, gloo between two processes. The
 efficiency is fitted on one size; the step times of the others are predictions.
@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from benchmarks import record
 from benchmarks.memory import build_engine, forward_and_backward
-from seer_scale.recipe import parse
-from seer_scale.scaling import load_hardware, plan
-from tests.conftest import Pool
+from harness.pool import Pool
+from seer_scale.config.recipe import parse
+from seer_scale.planner import load_hardware, plan
 
 COMMAND = "python benchmarks/cpu_profile.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import record  # noqa: E402
-from tests import conftest  # noqa: E402
-from tests.jobs import arguments, losses, run_job, write_images  # noqa: E402
+from harness import pool as conftest  # noqa: E402
+from harness.jobs import arguments, losses, run_job, write_images  # noqa: E402
 
 STEPS, STOP, BATCH = 20, 7, 8
 conftest.SECONDS = 3600  # four ranks share what cores there are

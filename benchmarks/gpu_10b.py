@@ -28,17 +28,17 @@ from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from benchmarks import record  # noqa: E402
-from seer_scale import build  # noqa: E402
 from seer_scale.config import RunConfig  # noqa: E402
+from seer_scale.config.recipe import parse  # noqa: E402
 from seer_scale.models import seeded_values  # noqa: E402
 from seer_scale.objectives import build_objective  # noqa: E402
 from seer_scale.objectives.build import Objective  # noqa: E402
-from seer_scale.optim import apply_schedule  # noqa: E402
+from seer_scale.optim.schedules import prototypes_frozen  # noqa: E402
+from seer_scale.optim.slice_sgd import apply_schedule  # noqa: E402
+from seer_scale.optim.slices import Values  # noqa: E402
 from seer_scale.parallel.engine import PROTOTYPES, Engine, shard  # noqa: E402
 from seer_scale.parallel.live_bytes import LiveBytes  # noqa: E402
-from seer_scale.recipe import parse  # noqa: E402
-from seer_scale.schedules import prototypes_frozen  # noqa: E402
-from seer_scale.slices import Values  # noqa: E402
+from seer_scale.train import build  # noqa: E402
 
 COMMAND = "make gpu-10b"
 TRUNK, BATCH, STEPS = "rg_10b", 16, 3  # the recipe's images per GPU

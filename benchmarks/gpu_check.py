@@ -1,6 +1,6 @@
 """`make gpu-check`: the parity matrix on this machine's GPUs, as a table and a JSON.
 
-Cases and oracle are those of tests/parallel/parity.py: every strategy against a plain loop in plain
+Cases and oracle are those of harness/parity.py: every strategy against a plain loop in plain
 torch on the same GPU, then low precision against the same float32 loop. One process per GPU, nccl.
 A machine without a GPU is told so. `python benchmarks/gpu_check.py` runs without installation.
 """
@@ -33,10 +33,10 @@ from torch.multiprocessing.spawn import (  # noqa: E402
 )
 
 from benchmarks import record  # noqa: E402
-from seer_scale.check import check_sharding  # noqa: E402
+from harness import parity  # noqa: E402
+from seer_scale import distributed  # noqa: E402
 from seer_scale.errors import ConfigError  # noqa: E402
-from seer_scale.parallel import distributed  # noqa: E402
-from tests.parallel import parity  # noqa: E402
+from seer_scale.parallel.compatibility import check_sharding  # noqa: E402
 
 COMMAND = "make gpu-check"
 SECONDS = 1500  # for one case in all its variants; offload to NVMe takes minutes

@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from seer_scale.ports import free_port  # noqa: E402
-from tests.jobs import arguments, lines, write_images  # noqa: E402
+from harness.jobs import arguments, lines, write_images  # noqa: E402
+from seer_scale.distributed.ports import free_port  # noqa: E402
 
 PATIENCE_S = 300.0
 MOMENTS = ("saving", "any", "training")

@@ -26,22 +26,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks import memory_report, record
-from seer_scale import build
+from harness.pool import Pool
+from seer_scale import distributed
 from seer_scale.config import RunConfig
-from seer_scale.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.recipe import parse
 from seer_scale.models import seeded_values
 from seer_scale.objectives import build_objective
-from seer_scale.optim import apply_schedule
-from seer_scale.parallel import distributed
+from seer_scale.optim.slice_sgd import apply_schedule
+from seer_scale.optim.slices import local
 from seer_scale.parallel.activation_budget import RecomputePlan
 from seer_scale.parallel.activation_profile import profile_activations
 from seer_scale.parallel.engine import Engine, recompute_plan, shard
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.parallel.state_bytes import StateBytes, state_bytes
 from seer_scale.parallel.torch_engine import TorchEngine
-from seer_scale.recipe import parse
-from seer_scale.slices import local
-from tests.conftest import Pool
+from seer_scale.train import build
 
 COMMAND = "make bench-memory"
 RECIPE = "swav_in1k_regnety_16gf"

@@ -1,6 +1,6 @@
 """`make parity`: every strategy against a plain loop, as a table with the differences measured.
 
-The cases and the plain loop are those of tests/parallel/parity.py. On CPU with gloo; the same on
+The cases and the plain loop are those of harness/parity.py. On CPU with gloo; the same on
 GPUs is `make gpu-check`.
 """
 
@@ -16,8 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
-from tests.conftest import Pool
-from tests.parallel.parity import (
+from harness.parity import (
     CASES,
     STEPS,
     Result,
@@ -26,6 +25,7 @@ from tests.parallel.parity import (
     worst_loss,
     worst_tensor,
 )
+from harness.pool import Pool
 
 COMMAND = "make parity"
 DOCUMENT = record.ROOT / "docs" / "sharding.md"

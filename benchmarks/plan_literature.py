@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
 
 from benchmarks import record
-from seer_scale.scaling import Plan, load_hardware, plan
+from seer_scale.planner import Plan, load_hardware, plan
 
 COMMAND = "python benchmarks/plan_literature.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"

@@ -29,11 +29,11 @@ import torch.distributed as dist
 from benchmarks import record
 from benchmarks.memory import CPU, build_engine, forward_and_backward
 from benchmarks.memory import STRATEGIES as SHARDING
-from benchmarks.resident import resident_bytes
-from seer_scale import build
-from seer_scale.recipe import parse
-from seer_scale.scaling import plan
-from tests.conftest import Pool
+from harness.pool import Pool
+from harness.resident import resident_bytes
+from seer_scale.config.recipe import parse
+from seer_scale.planner import plan
+from seer_scale.train import build
 
 COMMAND = "python benchmarks/plan_memory.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"
@@ -63,7 +63,7 @@ class Cell:
     Attributes:
         trunk: of `TRUNKS`.
         images: per rank.
-        strategy: of `scaling.plan.STRATEGIES`.
+        strategy: of `planner.plan.STRATEGIES`.
         mode: of recomputation.
         predicted: bytes.
         measured: bytes.

@@ -28,14 +28,14 @@ from torch import nn  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from benchmarks import record  # noqa: E402
-from benchmarks.resident import resident_bytes  # noqa: E402
-from seer_scale import build  # noqa: E402
+from harness.resident import resident_bytes  # noqa: E402
 from seer_scale.config import RunConfig  # noqa: E402
+from seer_scale.config.recipe import parse  # noqa: E402
 from seer_scale.models import seeded_values  # noqa: E402
+from seer_scale.optim.slices import local  # noqa: E402
 from seer_scale.parallel.engine import Engine, shard  # noqa: E402
 from seer_scale.parallel.fsdp import unit_parameters  # noqa: E402
-from seer_scale.recipe import parse  # noqa: E402
-from seer_scale.slices import local  # noqa: E402
+from seer_scale.train import build  # noqa: E402
 
 COMMAND = "make rg10b-plan"
 TRUNK, RANKS, SHOWN = "rg_10b", 64, (0, 1, 31, 63)

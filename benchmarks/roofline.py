@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from benchmarks import record
 from seer_scale.models import TRUNKS
-from seer_scale.scaling import Plan, plan
-from seer_scale.scaling.step_time import traffic
+from seer_scale.planner import Plan, plan
+from seer_scale.planner.step_time import traffic
 
 COMMAND = "python benchmarks/roofline.py --write"
 DOCUMENT = record.ROOT / "docs" / "performance.md"

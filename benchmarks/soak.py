@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.kill import ranks_of  # noqa: E402
+from harness.jobs import arguments, lines, write_images  # noqa: E402
 from seer_scale.data import MultiCrop, build_loader, open_source  # noqa: E402
-from seer_scale.ports import free_port  # noqa: E402
-from tests.jobs import arguments, lines, write_images  # noqa: E402
+from seer_scale.distributed.ports import free_port  # noqa: E402
 
 PER_2000 = {"kill": 8, "stop": 8, "outage": 6, "full disk": 6}
 CALM_FROM = 0.6  # of the steps: no kills from there on

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import record  # noqa: E402
 from seer_scale.checkpoint import Saver  # noqa: E402
 from seer_scale.models import build_model, initialise  # noqa: E402
-from seer_scale.optim import SliceSGD, parameter_groups  # noqa: E402
+from seer_scale.optim.slice_sgd import SliceSGD, parameter_groups  # noqa: E402
 from seer_scale.performance.host_memory import keep_freed_memory  # noqa: E402
 
 STEPS_OF_A_WINDOW = 3  # at least; a save's window goes on until the files are on the disk

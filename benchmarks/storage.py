@@ -43,7 +43,7 @@ def peak_gib() -> float:
 
 def ours(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
     """Seconds to save and to load with the rank files; the save makes a checksum."""
-    from seer_scale.tensor_file import Kind, TensorFile, write_tensors
+    from seer_scale.storage.tensor_file import Kind, TensorFile, write_tensors
 
     kinds = {key: Kind.of(value) for key, value in state.items()}
     began = time.perf_counter()

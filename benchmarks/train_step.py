@@ -22,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import peers
 from benchmarks.memory import build_engine, configuration
-from seer_scale import build
 from seer_scale.config import RunConfig
+from seer_scale.distributed.ports import free_port
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import build_objective
-from seer_scale.optim import apply_schedule
+from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.performance.host_memory import keep_freed_memory
-from seer_scale.ports import free_port
+from seer_scale.train import build
 
 OURS, CHECKPOINTED, PLAIN, LIGHTLY = "seer-scale", "seer-scale, recomputing", "plain", "lightly"
 

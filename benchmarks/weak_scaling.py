@@ -16,8 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
 
 from benchmarks import record
-from seer_scale.scaling import Plan, plan
-from seer_scale.scaling.plan import STRATEGIES
+from seer_scale.planner import Plan, plan
+from seer_scale.planner.plan import STRATEGIES
 
 COMMAND = "python benchmarks/weak_scaling.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"

@@ -14,14 +14,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from seer_scale import recipe, schema  # noqa: E402
+from seer_scale.config import recipe, schema  # noqa: E402
 from seer_scale.objectives.build import NOT_OPTIONS, OBJECTIVES  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 HEAD = """\
 # Every key
 
-Written by `python docs/generate_config.py` from `seer_scale/config.py`; do not edit it by hand.
+Written by `python docs/generate_config.py` from `config/run_config.py`; do not edit it by hand.
 
 A run is configured by a recipe (`launch/recipes/*.yaml`: sections of keys) and by
 `section.key=value` on the command line, which wins; values are YAML. Nothing is converted silently

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.browser import chromium  # noqa: E402
+from harness.browser import chromium  # noqa: E402
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -15,8 +15,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from seer_scale.distributed.ports import free_port  # noqa: E402
 from seer_scale.errors import UserError, exit_with  # noqa: E402
-from seer_scale.ports import free_port  # noqa: E402
 
 DATA = Path("data/demo")
 CROP = 96  # pixels; the tiles' size
@@ -57,7 +57,7 @@ def nearest_neighbours(trunk: Any) -> float:
     """kNN top-1 of a trunk's features: tiles of regions that training never saw, as queries."""
     from seer_scale.data import open_source
     from seer_scale.evaluation.features import extract_features
-    from seer_scale.evaluation.knn import knn_top1
+    from seer_scale.evaluation.tasks.knn import knn_top1
 
     bank = extract_features(trunk, open_source(DATA / "knn_train"), size=CROP)
     queries = extract_features(trunk, open_source(DATA / "knn_test"), size=CROP)
@@ -68,9 +68,9 @@ def starting_point(run_dir: Path) -> Any:
     """The trunk as it was before the first step."""
     import torch
 
-    from seer_scale import build
+    from seer_scale.config.recipe import parse
     from seer_scale.models import initialise
-    from seer_scale.recipe import parse
+    from seer_scale.train import build
 
     config = parse(["--recipe", str(run_dir / "config.yaml")], recipes=ROOT).config
     model = build.model_of(config, torch.device("cpu"))
@@ -91,9 +91,9 @@ def send_rest(run_dir: Path) -> None:
 
 def report(run_dir: Path, accuracy: dict[str, float], seconds: float) -> None:
     """The closing table and what to type next."""
-    from seer_scale.records import METRICS, read_lines
     from seer_scale.tracking import Tracker
     from seer_scale.tracking.mlflow_client import newest_version
+    from seer_scale.tracking.records import METRICS, read_lines
     from seer_scale.tracking.uri import redact, resolve_uri
 
     lines = [line for line in read_lines(run_dir / METRICS) if "loss" in line]
@@ -127,8 +127,8 @@ def main() -> None:
     from seer_scale import load
     from seer_scale.data import open_source, write_tiles
     from seer_scale.evaluation.features import measure_batch_norm
-    from seer_scale.records import METRICS, read_lines
     from seer_scale.tracking import Tracker
+    from seer_scale.tracking.records import METRICS, read_lines
 
     os.chdir(ROOT)
     print("tiles of real photographs:", DATA, flush=True)

@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from seer_scale.loading import load
+    from seer_scale.convert.loading import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # needs torch; `import seer_scale` and `--help` do not
-        from seer_scale.loading import load
+        from seer_scale.convert.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,15 @@ from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
 from seer_scale.preprocessing import MEAN, STD
-from seer_scale.tensor_file import Fill, Kind, Stamp, from_tensors, stamp, stream_tensors, sync
+from seer_scale.storage.tensor_file import (
+    Fill,
+    Kind,
+    Stamp,
+    from_tensors,
+    stamp,
+    stream_tensors,
+    sync,
+)
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from harness.jobs import ROOT
 from seer_scale.checkpoint import CheckpointReader
+from seer_scale.convert.loading import load
 from seer_scale.data import open_source
 from seer_scale.data.cache import Cache
 from seer_scale.data.shard_index import Identity, index_path, load_index
 from seer_scale.data.shard_manifest import read_shards
 from seer_scale.errors import CheckpointError, DataError, UserError
-from seer_scale.loading import load
-from tests.data.broken import encode
-from tests.jobs import ROOT
+from tests.data.broken_files import encode
 from tests.test_fuzz import sealed, write_checkpoint
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from seer_scale.ports import free_port
-from tests.jobs import ROOT
+from harness.jobs import ROOT
+from seer_scale.distributed.ports import free_port
 
 SCRIPT = ROOT / ".ci" / "audit.py"
 PACKAGE, VERSION = "filelock", "3.15.0"

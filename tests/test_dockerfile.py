@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT
+from harness.jobs import ROOT
 
 BUILD_ARGUMENTS = {"FAIRSCALE": "0.4.13"}
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

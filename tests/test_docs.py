@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
+from harness.jobs import ROOT, write_images
 from seer_scale.models import RegNetConfig, build_trunk
 from seer_scale.models.regnet import TRUNKS
 from seer_scale.objectives import build_objective
-from tests.jobs import ROOT, write_images
 from tests.objectives.test_build import install
 
 DOCS = ROOT / "docs"

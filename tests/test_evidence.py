@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT
+from harness.jobs import ROOT
 
-REFERENCE = re.compile(r"`(?P<path>tests/[\w/]+\.py)::(?P<test>\w+)`")
-LINK = re.compile(r"\[`(?P<test>test_\w+)`\]\(\.\./(?P<path>tests/[\w/]+\.py)\)")
+REFERENCE = re.compile(r"`(?P<path>(?:benchmarks/)?tests/[\w/]+\.py)::(?P<test>\w+)`")
+LINK = re.compile(r"\[`(?P<test>test_\w+)`\]\(\.\./(?P<path>(?:benchmarks/)?tests/[\w/]+\.py)\)")
 TICK = "✓"
 
 

@@ -22,17 +22,17 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seer_scale import schema
+from harness.jobs import RECIPES, ROOT
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.checkpoint.manifest import _checksum
+from seer_scale.config import schema
+from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.recipe import parse
 from seer_scale.data.shard_index import ShardIndex
 from seer_scale.data.shard_manifest import read_shards
-from seer_scale.ds_config import load_ds_config, resolve_ds_config
 from seer_scale.errors import CheckpointError, ConfigError, DataError, UserError
-from seer_scale.recipe import parse
-from seer_scale.saves import TrainState
-from seer_scale.tensor_file import Kind, Stamp, write_tensors
-from tests.jobs import RECIPES, ROOT
+from seer_scale.storage.tensor_file import Kind, Stamp, write_tensors
+from seer_scale.train.saves import TrainState
 
 QUICK, SLOW = 50, 2900  # cases of each of seven properties
 HOW_MANY = pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import subprocess
 
 import yaml
 
+from harness.jobs import ROOT
 from seer_scale import __version__
-from tests.jobs import ROOT
 
 
 def test_the_citation_is_of_this_version() -> None:

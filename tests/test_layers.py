@@ -19,33 +19,18 @@ LAYERS = {
     "seer_scale.__main__": 4,
     "seer_scale.commands": 4,
     "seer_scale.doctor": 3,
-    "seer_scale.trainer": 3,
-    "seer_scale.build": 3,
-    "seer_scale.check": 3,
-    "seer_scale.rank_state": 3,
-    "seer_scale.bad_samples": 2,
-    "seer_scale.collection": 2,
-    "seer_scale.saves": 3,
-    "seer_scale.announce": 3,
-    "seer_scale.attempts": 3,
-    "seer_scale.nonfinite": 3,
-    "seer_scale.rewinds": 3,
-    "seer_scale.step_guard": 3,
-    "seer_scale.step_totals": 3,
-    "seer_scale.stopping": 0,
-    "seer_scale.spikes": 0,
+    "seer_scale.train": 3,
+    "seer_scale.planner": 3,
+    "seer_scale.studies": 3,
+    "seer_scale.parallel.compatibility": 3,
     "seer_scale.checkpoint": 2,
-    "seer_scale.optim": 2,
+    "seer_scale.optim.slice_sgd": 2,
     "seer_scale.serving": 2,
-    "seer_scale.loading": 2,
-    "seer_scale.records": 2,
-    "seer_scale.progress": 2,
     "seer_scale.data": 2,
     "seer_scale.convert": 2,
     "seer_scale.evaluation": 2,
     "seer_scale.tracking": 2,
     "seer_scale.performance": 2,
-    "seer_scale.scaling": 3,
     "seer_scale.parallel.engine": 2,
     "seer_scale.parallel.torch_engine": 2,
     "seer_scale.parallel.fsdp": 2,
@@ -53,25 +38,12 @@ LAYERS = {
     "seer_scale.parallel.zero": 2,
     "seer_scale.parallel": 1,
     "seer_scale.models": 1,
-    "seer_scale.slices": 1,
-    "seer_scale.sgd_update": 1,
-    "seer_scale.tensor_file": 1,
-    "seer_scale.disk": 0,
-    "seer_scale.disk_refusal": 0,
+    "seer_scale.optim": 1,
     "seer_scale.objectives": 1,
-    "seer_scale.schedules": 1,
-    "seer_scale.parallel.distributed": 0,
-    "seer_scale.parallel.failure": 0,
-    "seer_scale.parallel.work_clock": 0,
+    "seer_scale.storage": 0,
+    "seer_scale.distributed": 0,
     "seer_scale.errors": 0,
-    "seer_scale.argument_types": 0,
     "seer_scale.config": 0,
-    "seer_scale.recipe": 0,
-    "seer_scale.ds_config": 0,
-    "seer_scale.schema": 0,
-    "seer_scale.yaml_text": 0,
-    "seer_scale.ports": 0,
-    "seer_scale.shipped": 0,
     "seer_scale.preprocessing": 0,
 }
 FACADE = "seer_scale"  # offers `load` of a higher layer, lazily
@@ -79,10 +51,10 @@ TORCH_FREE = [
     "seer_scale",
     "seer_scale.errors",
     "seer_scale.config",
-    "seer_scale.recipe",
-    "seer_scale.ds_config",
-    "seer_scale.schema",
-    "seer_scale.yaml_text",
+    "seer_scale.config.recipe",
+    "seer_scale.config.ds_config",
+    "seer_scale.config.schema",
+    "seer_scale.config.yaml_text",
     # --help answers at once
     *sorted(f"seer_scale.commands.{file.stem}" for file in ROOT.glob("seer_scale/commands/*.py")),
 ]
@@ -93,7 +65,7 @@ ONLY = {
         "torch",
         "pydantic",
         "seer_scale.errors",
-        "seer_scale.parallel.distributed",
+        "seer_scale.distributed",
     },
 }
 # The one module that may import it.
@@ -185,27 +157,33 @@ def violations(root: Path) -> list[str]:
 
 def test_imports_go_down() -> None:
     modules = find_modules(ROOT)
-    assert {"seer_scale.trainer", "seer_scale.parallel.zero", "launch.pretrain"} <= modules.keys()
+    assert {
+        "seer_scale.train.trainer",
+        "seer_scale.parallel.zero",
+        "launch.pretrain",
+    } <= modules.keys()
     assert violations(ROOT) == []
 
 
 GOOD = {
-    "launch/pretrain.py": "from seer_scale.trainer import Trainer",
-    "seer_scale/__init__.py": "def __getattr__(name):\n    from seer_scale.loading import load",
-    "seer_scale/trainer.py": "import torch\nfrom seer_scale import checkpoint, recipe",
-    "seer_scale/checkpoint.py": "from seer_scale.parallel import distributed",
-    "seer_scale/recipe.py": "import seer_scale.errors",
+    "launch/pretrain.py": "from seer_scale.train.trainer import Trainer",
+    "seer_scale/__init__.py": "def f(name):\n    from seer_scale.convert.loading import load",
+    "seer_scale/train/trainer.py": "import torch\nfrom seer_scale import checkpoint, config",
+    "seer_scale/checkpoint.py": "from seer_scale import distributed",
+    "seer_scale/config/__init__.py": "",
+    "seer_scale/config/recipe.py": "import seer_scale.errors",
     "seer_scale/errors.py": "import os",
-    "seer_scale/loading.py": "def f():\n    from seer_scale.tracking.mlflow_client import x",
+    "seer_scale/convert/loading.py": "def f():\n    import seer_scale.tracking.mlflow_client",
     "seer_scale/tracking/__init__.py": "",
     "seer_scale/tracking/mlflow_client.py": "import mlflow\nfrom mlflow.entities import Run",
     "seer_scale/parallel/__init__.py": "",
-    "seer_scale/parallel/distributed.py": "import torch.distributed as dist",
+    "seer_scale/distributed/__init__.py": "",
+    "seer_scale/distributed/collectives.py": "import torch.distributed as dist",
     "seer_scale/parallel/zero.py": "def f():\n    import deepspeed",
     "seer_scale/models/__init__.py": "from seer_scale.models.heads import Head",
     "seer_scale/models/heads.py": "import math\nfrom torch import nn\nimport torchvision",
     "seer_scale/objectives/__init__.py": "",
-    "seer_scale/objectives/swav.py": "from seer_scale.parallel import distributed",
+    "seer_scale/objectives/swav.py": "from seer_scale import distributed",
 }
 
 
@@ -226,34 +204,34 @@ def test_a_good_tree_passes(tmp_path: Path) -> None:
     [
         (
             "seer_scale/checkpoint.py",
-            "def f():\n    from seer_scale import trainer",
-            "seer_scale.checkpoint (layer 2) imports seer_scale.trainer (layer 3)",
+            "def f():\n    from seer_scale.train import trainer",
+            "seer_scale.checkpoint (layer 2) imports seer_scale.train.trainer (layer 3)",
         ),
         (
-            "seer_scale/recipe.py",
-            "from . import checkpoint",
-            "seer_scale.recipe (layer 0) imports seer_scale.checkpoint (layer 2)",
+            "seer_scale/config/recipe.py",
+            "from .. import checkpoint",
+            "seer_scale.config.recipe (layer 0) imports seer_scale.checkpoint (layer 2)",
         ),
         (
-            "seer_scale/parallel/distributed.py",
+            "seer_scale/distributed/collectives.py",
             "from ..checkpoint import save",
-            "seer_scale.parallel.distributed (layer 0) imports seer_scale.checkpoint (layer 2)",
+            "seer_scale.distributed.collectives (layer 0) imports seer_scale.checkpoint (layer 2)",
         ),
         (
-            "seer_scale/trainer.py",
+            "seer_scale/train/trainer.py",
             "import launch.pretrain",
-            "seer_scale.trainer (layer 3) imports launch.pretrain (layer 4)",
+            "seer_scale.train.trainer (layer 3) imports launch.pretrain (layer 4)",
         ),
         (
             "seer_scale/checkpoint.py",
-            "import importlib\nimportlib.import_module('seer_scale.trainer')",
-            "seer_scale.checkpoint (layer 2) imports seer_scale.trainer (layer 3)",
+            "import importlib\nimportlib.import_module('seer_scale.train.trainer')",
+            "seer_scale.checkpoint (layer 2) imports seer_scale.train.trainer (layer 3)",
         ),
         ("seer_scale/helpers.py", "", "seer_scale.helpers is in no layer: add it to LAYERS"),
         (
-            "seer_scale/trainer.py",
+            "seer_scale/train/trainer.py",
             "def f():\n    from deepspeed.utils import logger",
-            "seer_scale.trainer imports deepspeed, which only seer_scale.parallel.zero may",
+            "seer_scale.train.trainer imports deepspeed, which only seer_scale.parallel.zero may",
         ),
         (
             "launch/demo.py",
@@ -287,7 +265,7 @@ def test_a_good_tree_passes(tmp_path: Path) -> None:
         ),
         (
             "seer_scale/errors.py",
-            "from seer_scale.recipe import parse",
+            "from seer_scale.config.recipe import parse",
             "modules import each other: ",
         ),
     ],
@@ -316,5 +294,5 @@ def test_what_reads_the_configuration_loads_no_torch() -> None:
 
 
 def test_deepspeed_and_mlflow_are_loaded_only_when_used() -> None:
-    modules = ["seer_scale.trainer", "seer_scale.parallel.zero", "seer_scale.loading"]
+    modules = ["seer_scale.train.trainer", "seer_scale.parallel.zero", "seer_scale.convert.loading"]
     assert loaded_by(modules, ["deepspeed", "mlflow", "matplotlib"]) == []

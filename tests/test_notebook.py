@@ -19,12 +19,12 @@ import torch
 from nbclient import NotebookClient
 
 import seer_scale
+from harness.jobs import ROOT, arguments, write_images
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.data import open_source
 from seer_scale.evaluation.features import prepare
 from seer_scale.evaluation.prototype_sheet import score_prototypes
 from seer_scale.evaluation.reading import decoded
-from tests.jobs import ROOT, arguments, write_images
 from tests.tracking.test_delivery import Server, until
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from seer_scale.convert.loading import load
 from seer_scale.errors import CheckpointError, DataError, UserError
-from seer_scale.loading import load
 from seer_scale.models import build_trunk
 from seer_scale.serving import _load_pyfunc, export_trunk, load_trunk
 

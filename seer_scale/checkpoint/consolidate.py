@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seer_scale.checkpoint.reader import CheckpointReader
 from seer_scale.errors import UserError
-from seer_scale.tensor_file import Kind, sync, write_tensors
+from seer_scale.storage.tensor_file import Kind, sync, write_tensors
 
 NAME = "model"
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from seer_scale import distributed
 from seer_scale.checkpoint.manifest import MANIFEST, OtherFormatError, list_checkpoints, step_of
 from seer_scale.checkpoint.reader import CheckpointReader, verify_together
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.parallel import distributed
-from seer_scale.records import METRICS
+from seer_scale.tracking.records import METRICS
 
 MLFLOW = "mlflow:"
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from seer_scale.checkpoint.manifest import one_line
-from seer_scale.tensor_file import sync
+from seer_scale.storage.tensor_file import sync
 
 SPARE_BYTES = 64 << 20  # that a checkpoint leaves free on the disk
 

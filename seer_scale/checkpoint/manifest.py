@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from seer_scale.errors import CheckpointError
-from seer_scale.tensor_file import Stamp, sync
+from seer_scale.storage.tensor_file import Stamp, sync
 
 FORMAT = 3
 MANIFEST = "manifest.json"

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from seer_scale import distributed
 from seer_scale.checkpoint.manifest import one_line, rank_file
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.errors import CheckpointError
-from seer_scale.parallel import distributed
-from seer_scale.tensor_file import Stamp, stream_tensors
+from seer_scale.storage.tensor_file import Stamp, stream_tensors
 
 _POLL_S = 0.05
 

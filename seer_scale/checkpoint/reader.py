@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from seer_scale import distributed
 from seer_scale.checkpoint.manifest import one_line, rank_file, read_manifest
 from seer_scale.errors import CheckpointError
-from seer_scale.parallel import distributed
-from seer_scale.slices import Slice, Values, with_padding
-from seer_scale.tensor_file import Kind, Stamp, TensorFile, stamp
+from seer_scale.optim.slices import Slice, Values, with_padding
+from seer_scale.storage.tensor_file import Kind, Stamp, TensorFile, stamp
 
 # What a header that is not as it should be makes Python trip over.
 _HOSTILE = (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError,

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from seer_scale import distributed
 from seer_scale.checkpoint.folders import delete, make_room, publish, set_aside
 from seer_scale.checkpoint.manifest import (
     checkpoint_folder,
@@ -38,11 +39,10 @@ from seer_scale.checkpoint.reader import CheckpointReader, lazily
 from seer_scale.checkpoint.retention import expired
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.errors import CheckpointError
-from seer_scale.parallel import distributed
+from seer_scale.optim.slices import Slice, buffers_without_padding
 from seer_scale.parallel.batchnorm import average_running_statistics
 from seer_scale.serving import versions, write_trunk
-from seer_scale.slices import Slice, buffers_without_padding
-from seer_scale.tensor_file import Stamp, from_tensors
+from seer_scale.storage.tensor_file import Stamp, from_tensors
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seer_scale.tensor_file import Kind, as_bytes, copy_bytes
+from seer_scale.storage.tensor_file import Kind, as_bytes, copy_bytes
 
 
 class Staging:

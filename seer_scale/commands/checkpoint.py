@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seer_scale.argument_types import at_least, command_parser
+from seer_scale.config.argument_types import at_least, command_parser
 from seer_scale.errors import UserError
 
 GIB = 2**30

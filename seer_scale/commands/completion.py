@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-from seer_scale.argument_types import command_parser
+from seer_scale.config.argument_types import command_parser
 
 EXAMPLES = """\
   source <(seer-scale completion bash)                        # in ~/.bashrc

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seer_scale.argument_types import command_parser
+from seer_scale.config.argument_types import command_parser
 
 # Of seer_scale.convert, which takes torch to import.
 FORMATS = ("safetensors", "vissl", "timm", "huggingface", "torchvision", "onnx")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer_scale.argument_types import at_least, command_parser
+from seer_scale.config.argument_types import at_least, command_parser
 from seer_scale.errors import DataError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer_scale.argument_types import command_parser
+from seer_scale.config.argument_types import command_parser
 
 if TYPE_CHECKING:
     from seer_scale.doctor import Finding

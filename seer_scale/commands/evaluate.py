@@ -16,8 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from seer_scale.argument_types import Parser
-from seer_scale.disk_refusal import refusal
+from seer_scale.config.argument_types import Parser
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.evaluation.options import (
     build_options,
@@ -25,6 +24,7 @@ from seer_scale.evaluation.options import (
     parse_overrides,
 )
 from seer_scale.evaluation.presets import PRESETS, Preset
+from seer_scale.storage.disk_refusal import refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +61,7 @@ class Task(NamedTuple):
 
 def load_task(name: str) -> Task:
     """Imports the module of one of `TASKS`, and with it what that task needs."""
-    module = import_module(f"seer_scale.evaluation.{name}")
+    module = import_module(f"seer_scale.evaluation.tasks.{name}")
     return Task(module.Options, module.run)
 
 
@@ -89,10 +89,11 @@ def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> No
     """Loads the model, runs the task on every rank, and reports on rank 0."""
     import torch
 
+    from seer_scale import distributed
+    from seer_scale.distributed import failure
     from seer_scale.evaluation.maps import name_of
     from seer_scale.evaluation.report import log_report, write_report
     from seer_scale.evaluation.task import Context
-    from seer_scale.parallel import distributed, failure
     from seer_scale.serving import versions
 
     # With more threads convolutions add in another order, so that the last bits of features

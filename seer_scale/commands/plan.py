@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seer_scale.argument_types import Parser, at_least
+from seer_scale.config.argument_types import Parser, at_least
 from seer_scale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from seer_scale.scaling.planned import Plan
-    from seer_scale.scaling.search import Found
+    from seer_scale.planner.planned import Plan
+    from seer_scale.planner.search import Found
 
 SHOWN = 12  # lines of a search
 DESCRIPTION = """\
@@ -164,10 +164,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{unknown[0]} is not an option; see --help")
 
     # torch is first imported here: --help answers at once.
-    from seer_scale.scaling.memory import GIB
-    from seer_scale.scaling.plan import plan
-    from seer_scale.scaling.planned import write_json
-    from seer_scale.scaling.search import nodes_needed, search
+    from seer_scale.planner.memory import GIB
+    from seer_scale.planner.plan import plan
+    from seer_scale.planner.planned import write_json
+    from seer_scale.planner.search import nodes_needed, search
 
     where = {"gpus_per_node": options.gpus_per_node, "strategy": options.strategy}
     own = plan(

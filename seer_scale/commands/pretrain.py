@@ -10,11 +10,11 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from seer_scale import recipe
-from seer_scale.disk_refusal import refusal
-from seer_scale.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config import recipe
+from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.shipped import RECIPES
 from seer_scale.errors import REQUEUE_STATUS, UserError
-from seer_scale.shipped import RECIPES
+from seer_scale.storage.disk_refusal import refusal
 
 
 def run(arguments: recipe.Arguments) -> int:
@@ -35,15 +35,16 @@ def run(arguments: recipe.Arguments) -> int:
     # torch is first imported here: a mistyped key above is answered at once.
     import torch
 
-    from seer_scale import attempts, build, checkpoint
-    from seer_scale.check import check_sharding
+    from seer_scale import checkpoint, distributed
     from seer_scale.data import open_source
+    from seer_scale.distributed import failure
     from seer_scale.objectives import check_options
-    from seer_scale.parallel import distributed, failure
+    from seer_scale.parallel.compatibility import check_sharding
     from seer_scale.performance.host_memory import keep_freed_memory
-    from seer_scale.scaling.advice import is_out_of_memory, out_of_memory
-    from seer_scale.stopping import Stop
+    from seer_scale.planner.advice import is_out_of_memory, out_of_memory
     from seer_scale.tracking.uri import resolve_uri
+    from seer_scale.train import attempts, build
+    from seer_scale.train.stopping import Stop
 
     check_sharding(
         config,

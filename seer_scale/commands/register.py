@@ -11,7 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from seer_scale.argument_types import command_parser
+from seer_scale.config.argument_types import command_parser
 
 EXAMPLES = """\
 SOURCE is what seer_scale.load takes: a run, a checkpoint, an exported trunk, or foreign weights,

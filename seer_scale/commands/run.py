@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from seer_scale import __version__
-from seer_scale.disk_refusal import refusal, sentence
 from seer_scale.errors import ConfigError, UserError, exit_with
+from seer_scale.storage.disk_refusal import refusal, sentence
 
 COMMANDS = {
     "pretrain": "train a trunk without labels, in one process",
@@ -91,7 +91,7 @@ def main() -> NoReturn:
         print(f"seer-scale {__version__}")
         sys.exit(0)
     if command not in COMMANDS:
-        from seer_scale.schema import did_you_mean
+        from seer_scale.config.schema import did_you_mean
 
         hint = did_you_mean(command, COMMANDS) or ":"
         known = ", ".join(COMMANDS)

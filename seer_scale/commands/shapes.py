@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from seer_scale.argument_types import at_least
+from seer_scale.config.argument_types import at_least
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     """The command line; 0, or 1 with a sentence."""
     arguments = parser().parse_args(argv)
 
-    from seer_scale.evaluation.shapes import write_shapes
+    from seer_scale.data.generate.shapes import write_shapes
 
     write_shapes(
         arguments.out,

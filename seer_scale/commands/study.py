@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seer_scale.argument_types import at_least, command_parser
+from seer_scale.config.argument_types import at_least, command_parser
 
 EXAMPLES = """\
   seer-scale study --study launch/studies/demo.yaml --dry-run
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """The command line; 0, or 1 if a point failed."""
     arguments = parser().parse_args(argv)
-    from seer_scale.scaling import study_commands as commands
+    from seer_scale.studies import commands
 
     study, root, points = commands.open_study(arguments.study, arguments.out)
     if arguments.dry_run:

@@ -19,7 +19,7 @@ from seer_scale.convert.recognise import TrunkWeights
 from seer_scale.convert.torch_file import write_torch_file
 from seer_scale.errors import UserError
 from seer_scale.serving import CONFIG, write_trunk
-from seer_scale.tensor_file import Kind, from_tensors, write_tensors
+from seer_scale.storage.tensor_file import Kind, from_tensors, write_tensors
 
 _CLASSIFIER = {"timm": "head.fc", "huggingface": "classifier.1", "torchvision": "fc"}
 

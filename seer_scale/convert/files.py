@@ -12,7 +12,7 @@ from seer_scale.convert.vissl_files import is_vissl, vissl_weights
 from seer_scale.convert.weights import Weights, joined
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.serving import CONFIG, WEIGHTS
-from seer_scale.tensor_file import TensorFile
+from seer_scale.storage.tensor_file import TensorFile
 
 # The first that is there counts; safetensors before pickles.
 FOLDER_FILES = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from seer_scale.convert.weights import Weights
-from seer_scale.tensor_file import Kind
+from seer_scale.storage.tensor_file import Kind
 
 _VISSL = re.compile(r"(?:.*\.)?heads\.(\d+)\.(.+)")
 _OURS = re.compile(r"(?:.*\.)?(head\.layers\.\d+\.\w+|prototypes\.weight)")

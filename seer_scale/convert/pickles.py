@@ -22,7 +22,7 @@ from torch import Tensor
 
 from seer_scale.convert.weights import read_run
 from seer_scale.errors import CheckpointError
-from seer_scale.tensor_file import Kind
+from seer_scale.storage.tensor_file import Kind
 
 # Numbers that numpy made, among a training run's meters; they hold no code.
 _SCALAR: Any = np.float64(0).__reduce__()[0]

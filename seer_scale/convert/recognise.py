@@ -15,7 +15,7 @@ from seer_scale.convert.names import DIALECTS, STEM, Dialect, to_dialect, withou
 from seer_scale.convert.weights import Weights
 from seer_scale.errors import CheckpointError
 from seer_scale.models.regnet import TRUNKS, build_trunk, trunk_config
-from seer_scale.tensor_file import Kind
+from seer_scale.storage.tensor_file import Kind
 
 _COUNTER = "num_batches_tracked"  # of a BatchNorm; nothing is computed from it
 _SHOWN = 4  # names in a sentence

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seer_scale.tensor_file import CHUNK, Kind, as_bytes
+from seer_scale.storage.tensor_file import CHUNK, Kind, as_bytes
 
 _ENTRY = 46  # bytes of an entry of a zip file's directory before the name
 _CHECKSUM = 16  # where its checksum stands in it

@@ -16,7 +16,7 @@ from torch import Tensor
 from seer_scale.convert.pickles import Pickle, Stored, read_pickle
 from seer_scale.convert.weights import Weights
 from seer_scale.errors import CheckpointError
-from seer_scale.tensor_file import Kind
+from seer_scale.storage.tensor_file import Kind
 
 _TYPES = ("consolidated", "shard", "shard_list", "slice", "slice_list")
 _RUN = 1 << 22  # elements of a piece that are read at once

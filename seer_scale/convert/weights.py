@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seer_scale.errors import CheckpointError
-from seer_scale.tensor_file import Kind, read_into
+from seer_scale.storage.tensor_file import Kind, read_into
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from seer_scale.data.augment import MultiCrop
 from seer_scale.data.batches import BadSample, MicroBatch
 from seer_scale.data.cache import Cache
 from seer_scale.data.device import DeviceBatches
+from seer_scale.data.generate.tiles import Tiles, write_tiles
 from seer_scale.data.loader import MicroBatchLoader, build_loader
 from seer_scale.data.shard_manifest import Shard
 from seer_scale.data.sources import Source, open_source
-from seer_scale.data.tiles import Tiles, write_tiles
 
 __all__ = [
     "BadSample",

@@ -33,7 +33,7 @@ from seer_scale.data.bench_pipelines import (
     through_pillow,
     torch_batches,
 )
-from seer_scale.data.tiles import PHOTOGRAPHS, load_photographs
+from seer_scale.data.generate.tiles import PHOTOGRAPHS, load_photographs
 from seer_scale.errors import DataError
 
 SIZES = ((500, 375), (1600, 1200), (4000, 3000))

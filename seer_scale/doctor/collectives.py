@@ -8,8 +8,8 @@ from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
+from seer_scale.distributed.ports import free_port
 from seer_scale.doctor.finding import Finding, below
-from seer_scale.ports import free_port
 
 FLOATS = 16 << 20  # 64 MiB, about a gradient bucket
 ROUNDS = 4

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from seer_scale.disk import BUFFER, DiskWriter
 from seer_scale.doctor.finding import GIB, Finding, below
+from seer_scale.storage.disk import BUFFER, DiskWriter
 
 BYTES = 256 << 20
 # Weights and momentum in float32, and the trunk once more, for a billion parameters: GB.

@@ -23,7 +23,7 @@ from seer_scale.data.augment import distort, normalise
 from seer_scale.data.crops import cut_crops
 from seer_scale.data.decode import BadImage, decode
 from seer_scale.data.order import order_key, permute_all, sample_rng
-from seer_scale.evaluation.labelled import LabelledImages
+from seer_scale.evaluation.datasets.labelled import LabelledImages
 from seer_scale.evaluation.reading import unusable
 
 SCALE = (0.08, 1.0)  # share of the image's area, as in torchvision's RandomResizedCrop

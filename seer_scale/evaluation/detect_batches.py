@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as V
 
+from seer_scale import distributed
 from seer_scale.data.order import order_key, permute_all, sample_rng
-from seer_scale.evaluation.coco import Picture, binary_masks
-from seer_scale.parallel import distributed
+from seer_scale.evaluation.datasets.coco import Picture, binary_masks
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 FLIP_PROBABILITY = 0.5

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as V
 
-from seer_scale.evaluation.coco import CocoPart, Picture
-from seer_scale.parallel import distributed
+from seer_scale import distributed
+from seer_scale.evaluation.datasets.coco import CocoPart, Picture
 
 Detection = dict[str, Any]  # of COCO's results format
 Kind = Literal["bbox", "segm"]

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seer_scale import distributed
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.data.contact_sheet import spread
+from seer_scale.evaluation.datasets.labelled import LabelledImages, open_labelled
 from seer_scale.evaluation.features import prepare
-from seer_scale.evaluation.knn import knn_top1
-from seer_scale.evaluation.labelled import LabelledImages, open_labelled
 from seer_scale.evaluation.prototype_sheet import write_prototype_sheet
 from seer_scale.evaluation.reading import decoded
-from seer_scale.parallel import distributed
-from seer_scale.records import EVALUATED
+from seer_scale.evaluation.tasks.knn import knn_top1
 from seer_scale.serving import load_trunk
+from seer_scale.tracking.records import EVALUATED
 
 SHEETS = "eval"  # folder of a run's prototype sheets
 _QUERIES = 1024  # compared with the bank at once

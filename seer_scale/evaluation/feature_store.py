@@ -20,14 +20,14 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from seer_scale import distributed
 from seer_scale.data import Source
 from seer_scale.errors import DataError
-from seer_scale.evaluation.labelled import LabelledImages
+from seer_scale.evaluation.datasets.labelled import LabelledImages
 from seer_scale.evaluation.maps import AVGPOOL, cells, check_maps, pooled_maps
 from seer_scale.evaluation.reading import batches, centre_crop
 from seer_scale.evaluation.task import Context
-from seer_scale.parallel import distributed
-from seer_scale.tensor_file import as_bytes
+from seer_scale.storage.tensor_file import as_bytes
 
 BATCH = 64
 BLOCK = 4 * BATCH

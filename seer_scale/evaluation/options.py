@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from seer_scale.config.schema import allowed, shown
+from seer_scale.config.yaml_text import read_yaml
 from seer_scale.errors import ConfigError
-from seer_scale.schema import allowed, shown
-from seer_scale.yaml_text import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -33,7 +33,7 @@ class OptionText(NamedTuple):
 def describe_options(task: str) -> list[OptionText]:
     """The options of a task's module, which is not imported; empty if there is no such module."""
     for name in (f"{task}.py", f"{task}_options.py"):
-        path = Path(__file__).with_name(name)
+        path = Path(__file__).parent / "tasks" / name
         body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
         for node in body:
             if isinstance(node, ast.ClassDef) and node.name == "Options":

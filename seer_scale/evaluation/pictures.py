@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seer_scale.data import Source
 from seer_scale.data.decode import decode
-from seer_scale.evaluation.labelled import LabelledData
+from seer_scale.evaluation.datasets.labelled import LabelledData
 
 _THUMBNAIL, _MARGIN, _LINE, _FONT_SIZE = 112, 6, 13, 11
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)

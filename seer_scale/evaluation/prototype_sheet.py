@@ -14,7 +14,7 @@ from torch import Tensor
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.data.decode import BadImage, decode
 from seer_scale.errors import CheckpointError
-from seer_scale.evaluation.labelled import LabelledImages
+from seer_scale.evaluation.datasets.labelled import LabelledImages
 from seer_scale.models.heads import ProjectionHead, Prototypes
 
 _SIDE, _MARGIN, _TITLE, _LINE = 96, 6, 120, 15  # pixels; a row's title is that wide

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as V
 
+from seer_scale import distributed
 from seer_scale.data import Source
 from seer_scale.data.augment import CropParameters, MultiCrop, Pixels, distort, normalise
 from seer_scale.data.crops import cut_crops
 from seer_scale.data.decode import BadImage, cause_of, decode
 from seer_scale.data.order import sample_rng
 from seer_scale.errors import DataError
-from seer_scale.parallel import distributed
 
 _AHEAD = 2  # batches that are decoded while one is computed
 _TEST_SHARE = 256 / 224  # the shorter side of a test image is this much larger than the crop

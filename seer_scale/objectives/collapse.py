@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from seer_scale.parallel.distributed import all_reduce
+from seer_scale.distributed import all_reduce
 
 NEAR_GUESSING = 1e-3  # relative distance of the loss from ln K
 SMALL_STD = 0.01  # cosine of two images above 0.9999

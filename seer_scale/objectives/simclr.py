@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from seer_scale.distributed import all_gather_with_gradient, world_size
 from seer_scale.objectives.collapse import embedding_std
-from seer_scale.parallel.distributed import all_gather_with_gradient, world_size
 
 
 class SimCLR:

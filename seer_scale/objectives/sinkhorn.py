@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from seer_scale.parallel.distributed import all_reduce
+from seer_scale.distributed import all_reduce
 
 SMALLEST_EPSILON = torch.finfo(torch.float32).tiny  # below it a division would be by zero
 

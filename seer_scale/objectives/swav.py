@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from seer_scale.distributed import world_size
 from seer_scale.objectives.collapse import embedding_std, usage_entropy
 from seer_scale.objectives.queue import EmbeddingQueue, reshard_queue
 from seer_scale.objectives.sinkhorn import SMALLEST_EPSILON, sinkhorn_knopp
-from seer_scale.parallel.distributed import world_size
 
 
 class SwAV:

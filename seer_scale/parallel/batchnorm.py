@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from seer_scale.parallel import distributed
+from seer_scale import distributed
 
 Statistics = tuple[Tensor, Tensor, Tensor]  # mean [C], biased variance [C], count []
 

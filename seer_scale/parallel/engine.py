@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from seer_scale import distributed
 from seer_scale.config import RunConfig
 from seer_scale.models import MultiCropModel, OnTrunk, align_channels, paddings_of
-from seer_scale.optim import SliceSGD, parameter_groups
-from seer_scale.parallel import apex, distributed, fairscale
+from seer_scale.optim.slice_sgd import SliceSGD, parameter_groups
+from seer_scale.optim.slices import Slice, Values, fill, with_padding
+from seer_scale.parallel import apex, fairscale
 from seer_scale.parallel.activation_budget import RecomputePlan, plan_recompute
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm, convert_sync_batchnorm
@@ -25,7 +27,6 @@ from seer_scale.parallel.fsdp import build_mesh, shard_units, unit_parameters
 from seer_scale.parallel.fused_backward import FusedBackward
 from seer_scale.parallel.precision import SCALED, LossScale, apply_autocast
 from seer_scale.parallel.torch_engine import TorchEngine, wrap_ddp
-from seer_scale.slices import Slice, Values, fill, with_padding
 
 PROTOTYPES = frozenset({"prototypes.weight"})
 

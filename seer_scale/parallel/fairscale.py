@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer_scale.slices import Values, fill
+from seer_scale.optim.slices import Values, fill
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.")  # what it puts into the names of tensors
 

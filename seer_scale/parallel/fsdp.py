@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from seer_scale.parallel import distributed
-from seer_scale.parallel.work_clock import CLOCK
+from seer_scale import distributed
+from seer_scale.distributed.work_clock import CLOCK
 
 
 def build_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from seer_scale.optim import SliceSGD
+from seer_scale.optim.slice_sgd import SliceSGD
 
 
 class FusedBackward:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seer_scale.optim import SliceSGD
-from seer_scale.parallel import distributed
+from seer_scale import distributed
+from seer_scale.optim.slice_sgd import SliceSGD
+from seer_scale.optim.slices import Slice
 from seer_scale.parallel.fused_backward import FusedBackward
 from seer_scale.parallel.precision import LossScale
-from seer_scale.slices import Slice
 
 
 class TorchEngine:

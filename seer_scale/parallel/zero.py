@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer_scale.optim import SliceSGD
-from seer_scale.parallel import distributed
+from seer_scale import distributed
+from seer_scale.optim.slice_sgd import SliceSGD
+from seer_scale.optim.slices import Slice, Values, fill
 from seer_scale.parallel.precision import LossScale
-from seer_scale.slices import Slice, Values, fill
 
 
 def _deepspeed() -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from harness.jobs import ROOT, arguments, losses, run_job, write_images
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
-from seer_scale.loading import load
+from seer_scale.convert.loading import load
 from seer_scale.models import build_trunk
-from tests.jobs import ROOT, arguments, losses, run_job, write_images
 
 Distributed = Callable[..., list[Any]]
 ALIGNED = "model.align_channels=3"  # groups of 8 become 9, the stem's 32 become 33

@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from seer_scale import distributed as ranks
 from seer_scale.checkpoint import CheckpointReader, checkpoint_folder, find, list_checkpoints, save
 from seer_scale.checkpoint.manifest import write_manifest
 from seer_scale.errors import CheckpointError
 from seer_scale.models import build_model, initialise
-from seer_scale.parallel import distributed as ranks
+from seer_scale.optim.slices import Slice, fill
 from seer_scale.serving import load_trunk
-from seer_scale.slices import Slice, fill
-from seer_scale.tensor_file import Stamp
+from seer_scale.storage.tensor_file import Stamp
 
 Distributed = Callable[..., list[Any]]
 TRUNK = "regnety_debug"

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from harness.jobs import ROOT, arguments, lines, losses, run_job, write_images
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
+from seer_scale.distributed.ports import free_port
 from seer_scale.errors import LOST_RANK_STATUS, CheckpointError
-from seer_scale.ports import free_port
-from tests.jobs import ROOT, arguments, lines, losses, run_job, write_images
 
 Distributed = Callable[..., list[Any]]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.memory import build_engine, configuration
+from seer_scale import distributed as ranks
 from seer_scale.checkpoint import (
     CheckpointReader,
     Outcome,
@@ -28,7 +29,6 @@ from seer_scale.checkpoint import (
     saving,
 )
 from seer_scale.checkpoint.retention import expired
-from seer_scale.parallel import distributed as ranks
 from tests.checkpoint.test_checkpoint import TRUNK, cut, trained
 
 Distributed = Callable[..., list[Any]]

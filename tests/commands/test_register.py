@@ -9,9 +9,9 @@ import torch
 
 import seer_scale
 from seer_scale.commands.register import main
+from seer_scale.distributed.ports import free_port
 from seer_scale.errors import UserError
 from seer_scale.models import build_trunk, initialise
-from seer_scale.ports import free_port
 from seer_scale.serving import export_trunk
 from seer_scale.tracking.quiet import quieten
 

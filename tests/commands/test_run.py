@@ -12,10 +12,10 @@ from typing import get_args
 
 import pytest
 
+from harness.jobs import ROOT, arguments, lines, write_images
 from seer_scale import __version__
 from seer_scale.commands.convert import FORMATS
 from seer_scale.commands.run import COMMANDS
-from tests.jobs import ROOT, arguments, lines, write_images
 
 SEER_SCALE = [sys.executable, "-m", "seer_scale"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seer_scale.convert.names import to_dialect, to_grouped
 from seer_scale.models import build_trunk
-from seer_scale.tensor_file import Kind, lay_out
+from seer_scale.storage.tensor_file import Kind, lay_out
 from tests.convert.vissl_layouts import content
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ MIB, GIB = 2**20, 2**30
 # Not ru_maxrss, which a process takes over from the one that starts it.
 MEASURE = """
 import sys
-from benchmarks.resident import resident_bytes
+from harness.resident import resident_bytes
 from seer_scale.commands.convert import main
 main(sys.argv[1:])
 print("peak", resident_bytes("VmHWM"))

@@ -11,7 +11,7 @@ from seer_scale.data.augment import CropParameters, MultiCrop
 from seer_scale.data.crops import cut_crops, smallest_scale
 from seer_scale.data.decode import BadImage, decode
 from seer_scale.data.order import sample_rng
-from tests.data.broken import encode
+from tests.data.broken_files import encode
 
 MULTI_CROP = MultiCrop((64, 40), (2, 4))
 

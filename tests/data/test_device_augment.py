@@ -17,8 +17,8 @@ from torchvision import transforms
 from seer_scale.data.augment import CropParameters, MultiCrop, distort
 from seer_scale.data.crops import cut_crops
 from seer_scale.data.device_augment import COLUMNS, distort_batch, pack
+from seer_scale.data.generate.tiles import load_photographs
 from seer_scale.data.order import sample_rng
-from seer_scale.data.tiles import load_photographs
 from seer_scale.preprocessing import MEAN, STD
 
 SIDE = 64

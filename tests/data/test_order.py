@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
+from harness.jobs import ROOT
 from seer_scale.data.order import (
     Order,
     order_key,
@@ -14,7 +15,6 @@ from seer_scale.data.order import (
     rank_positions,
     sample_rng,
 )
-from tests.jobs import ROOT
 
 
 def indices(order, start, count):
@@ -122,7 +122,7 @@ def test_another_version_is_shuffled_another_way():
 PLACING = """
 import time
 import numpy as np
-from benchmarks.resident import resident_bytes
+from harness.resident import resident_bytes
 from seer_scale.data.order import Order
 before = resident_bytes("VmHWM")  # not ru_maxrss, which comes from the process that started this
 began = time.perf_counter()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.jobs import ROOT
+from seer_scale.distributed.ports import free_port
 from seer_scale.doctor import Finding
 from seer_scale.doctor.collectives import check_collectives
 from seer_scale.doctor.extras import check_compilers
@@ -25,8 +27,6 @@ from seer_scale.doctor.host import check_host, free_memory
 from seer_scale.doctor.storage import check_storage
 from seer_scale.doctor.tracking import check_mlflow
 from seer_scale.doctor.versions import _package, check_versions
-from seer_scale.ports import free_port
-from tests.jobs import ROOT
 
 
 def doctor(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seer_scale.evaluation.shapes import write_shapes
+from seer_scale.data.generate.shapes import write_shapes
 
 _SHARE, _SPREAD = 0.5, 45.0  # of the tint, and of its chance from image to image
 

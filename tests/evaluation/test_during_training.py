@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 import seer_scale
+from harness.jobs import RECIPES, ROOT, arguments, lines, losses, run_job, write_images
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
+from seer_scale.config.recipe import parse
 from seer_scale.data import open_source
 from seer_scale.errors import ConfigError
 from seer_scale.evaluation.features import extract_features
-from seer_scale.evaluation.knn import knn_top1
 from seer_scale.evaluation.prototype_sheet import score_prototypes
+from seer_scale.evaluation.tasks.knn import knn_top1
 from seer_scale.models import build_model
-from seer_scale.recipe import parse
 from seer_scale.tracking.spool import read_events
 from tests.evaluation.patterns import write_patterns
-from tests.jobs import RECIPES, ROOT, arguments, lines, losses, run_job, write_images
 
 Distributed = Callable[..., list[Any]]
 KEY = "eval/knn_top1"

@@ -14,13 +14,13 @@ from PIL import Image
 from torchvision import transforms
 
 from seer_scale.errors import ConfigError, DataError
+from seer_scale.evaluation.datasets.labelled import open_labelled
 from seer_scale.evaluation.feature_store import (
     BLOCK,
     block_path,
     stored_features,
     weights_digest,
 )
-from seer_scale.evaluation.labelled import open_labelled
 from seer_scale.preprocessing import MEAN, STD
 from tests.evaluation.contexts import context
 

@@ -8,9 +8,9 @@ import pytest
 
 from seer_scale.commands.evaluate import TASKS, load_task
 from seer_scale.errors import ConfigError
-from seer_scale.evaluation import finetune, knn, lowshot
 from seer_scale.evaluation.options import build_options, describe_options, parse_overrides
 from seer_scale.evaluation.presets import PRESETS
+from seer_scale.evaluation.tasks import finetune, knn, lowshot
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale.evaluation.shapes import write_shapes
-from tests.jobs import ROOT
+from harness.jobs import ROOT
+from seer_scale.data.generate.shapes import write_shapes
 
 POINTS = 0.15
 # The demo's run (its trunk, head, objective, steps and images a step), on one process.

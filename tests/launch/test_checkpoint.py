@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.jobs import ROOT
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.checkpoint.manifest import write_manifest
 from seer_scale.commands.checkpoint import main
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.tensor_file import Kind, TensorFile, write_tensors
+from seer_scale.storage.tensor_file import Kind, TensorFile, write_tensors
 from tests.checkpoint.test_checkpoint import momentum_of, trained, write
-from tests.jobs import ROOT
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ MEMORY_GIB = 4.0
 # Not ru_maxrss, which a process takes over from the one that starts it.
 WATCHED = """
 import sys
-from benchmarks.resident import resident_bytes
+from harness.resident import resident_bytes
 from seer_scale.commands.checkpoint import main
 status = main(sys.argv[1:])
 print("peak", resident_bytes("VmHWM") / 2**30)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from seer_scale.check import check_sharding
+from harness.jobs import RECIPES, ROOT, arguments, lines, write_images
+from seer_scale.config.recipe import parse
+from seer_scale.distributed.ports import free_port
 from seer_scale.errors import LOST_RANK_STATUS, REQUEUE_STATUS
-from seer_scale.ports import free_port
-from seer_scale.recipe import parse
-from tests.jobs import RECIPES, ROOT, arguments, lines, write_images
+from seer_scale.parallel.compatibility import check_sharding
 
 SBATCH = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 JOB = ROOT / "launch" / "k8s" / "pytorchjob.yaml"

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from harness.jobs import ROOT
 from seer_scale.commands.data import main
 from seer_scale.data import bench
 from seer_scale.data.augment import CropParameters
 from seer_scale.data.contact_sheet import describe, spread
 from seer_scale.errors import DataError
-from tests.jobs import ROOT
 
 
 def jpeg(width: int, height: int, seed: int = 0) -> bytes:

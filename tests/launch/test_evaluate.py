@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.jobs import ROOT
 from seer_scale.commands.evaluate import main, open_model
+from seer_scale.data.generate.shapes import write_shapes
+from seer_scale.distributed.ports import free_port
 from seer_scale.errors import ConfigError
-from seer_scale.evaluation.shapes import write_shapes
 from seer_scale.models import build_trunk
-from seer_scale.ports import free_port
 from seer_scale.serving import export_trunk
-from tests.jobs import ROOT
 
 MODEL = "random:regnety_debug"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale.ports import free_port
-from tests.jobs import ROOT, arguments, write_images
+from harness.jobs import ROOT, arguments, write_images
+from seer_scale.distributed.ports import free_port
 
 pytestmark = pytest.mark.launch
 
@@ -22,7 +22,7 @@ SECONDS = 30  # from the failure to the end of the launcher
 PLUGIN = """
 import os, time
 from seer_scale.objectives import SwAV
-from seer_scale.parallel.distributed import rank
+from seer_scale.distributed import rank
 
 class Fragile(SwAV):
     def __init__(self, *, crops: int, asleep: bool) -> None:

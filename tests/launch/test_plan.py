@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from seer_scale.check import check_sharding
 from seer_scale.commands import plan as command
-from seer_scale.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.recipe import parse
 from seer_scale.errors import ConfigError
-from seer_scale.recipe import parse
-from seer_scale.scaling import plan
+from seer_scale.parallel.compatibility import check_sharding
+from seer_scale.planner import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = ("--hardware", "a100_40gb", "--nodes", "1", "--gpus-per-node", "8")

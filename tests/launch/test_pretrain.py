@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from harness.jobs import ROOT, arguments, lines, write_images
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.data import write_tiles
-from seer_scale.ports import free_port
-from tests.jobs import ROOT, arguments, lines, write_images
+from seer_scale.distributed.ports import free_port
 
 pytestmark = pytest.mark.launch
 

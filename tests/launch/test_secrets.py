@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale import build
-from seer_scale.recipe import parse
+from harness.jobs import RECIPES, ROOT, arguments, write_images
+from seer_scale.config.recipe import parse
+from seer_scale.train import build
 from tests.data.servers import FileServer
-from tests.jobs import RECIPES, ROOT, arguments, write_images
 
 pytestmark = pytest.mark.launch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT, arguments, lines, write_images
+from harness.jobs import ROOT, arguments, lines, write_images
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 

@@ -20,8 +20,8 @@ from seer_scale.models import (
     seeded_values,
 )
 from seer_scale.models.padding import Axis, Padding
+from seer_scale.optim.slices import Slice, fill, with_padding
 from seer_scale.serving import export_trunk
-from seer_scale.slices import Slice, fill, with_padding
 
 PADDINGS = {
     "grouped convolution": Padding((Axis(2, 3, 4), Axis(1, 3, 4), Axis(1, 3, 3), Axis(1, 2, 2))),

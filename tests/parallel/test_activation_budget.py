@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.jobs import arguments, run_job, write_images
+from harness.parity import Result, train
 from seer_scale.errors import ConfigError
 from seer_scale.models import MultiCropModel, build_model, initialise
 from seer_scale.objectives.swav import SwAV
@@ -37,8 +39,6 @@ from seer_scale.parallel.activation_profile import (
 from seer_scale.parallel.batchnorm import convert_sync_batchnorm
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.parallel.precision import apply_autocast
-from tests.jobs import arguments, run_job, write_images
-from tests.parallel.parity import Result, train
 
 Distributed = Callable[..., list[Any]]
 CROPS = [(8, 64), (12, 32)]  # 4 images: two crops of 64 pixels, three of 32

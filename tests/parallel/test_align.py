@@ -14,10 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seer_scale.models import paddings_of
-from seer_scale.models.padding import Padding
-from seer_scale.parallel.engine import Engine, recompute_plan
-from tests.parallel.parity import (
+from harness.parity import (
     CASES,
     GPU_CASES,
     build,
@@ -28,6 +25,9 @@ from tests.parallel.parity import (
     worst_loss,
     worst_tensor,
 )
+from seer_scale.models import paddings_of
+from seer_scale.models.padding import Padding
+from seer_scale.parallel.engine import Engine, recompute_plan
 
 Distributed = Callable[..., list[Any]]
 STEPS, MULTIPLE = 10, 3

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.jobs import arguments, losses, run_job, write_images
+from seer_scale import distributed
 from seer_scale.errors import ConfigError
-from seer_scale.parallel import distributed
 from seer_scale.parallel.compile import check_compiler
-from tests.jobs import arguments, losses, run_job, write_images
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from seer_scale.objectives.swav import SwAV
-from seer_scale.optim import apply_schedule
-from seer_scale.parallel.engine import PROTOTYPES
-from tests.parallel.parity import (
+from harness.parity import (
     CASES,
     CROPS,
     LR,
@@ -25,6 +22,9 @@ from tests.parallel.parity import (
     my_crops,
     whole_tensors,
 )
+from seer_scale.objectives.swav import SwAV
+from seer_scale.optim.slice_sgd import apply_schedule
+from seer_scale.parallel.engine import PROTOTYPES
 
 Distributed = Callable[..., list[Any]]
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from seer_scale.models import build_model, initialise
-from seer_scale.optim import parameter_groups
+from seer_scale.optim.slice_sgd import parameter_groups
 from seer_scale.parallel import apex, fairscale
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.parity import (
+from harness.parity import (
     CASES,
     STEPS,
     Result,

@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from seer_scale.check import PRECISIONS
-from seer_scale.errors import UserError
-from seer_scale.objectives.swav import SwAV
-from seer_scale.optim import apply_schedule
-from seer_scale.parallel import distributed as dist
-from seer_scale.parallel.precision import SMALLEST, LossScale
-from tests.parallel.parity import (
+from harness.parity import (
     CASES,
     CROPS,
     LR,
@@ -26,6 +20,12 @@ from tests.parallel.parity import (
     plain_loop,
     whole_tensors,
 )
+from seer_scale import distributed as dist
+from seer_scale.errors import UserError
+from seer_scale.objectives.swav import SwAV
+from seer_scale.optim.slice_sgd import apply_schedule
+from seer_scale.parallel.compatibility import PRECISIONS
+from seer_scale.parallel.precision import SMALLEST, LossScale
 
 Distributed = Callable[..., list[Any]]
 DTYPES = {"bf16": torch.bfloat16, "amp-o1": torch.float16}
@@ -99,7 +99,9 @@ def test_low_precision_trains_on_float32_state(
 def test_every_pair_of_the_table(distributed: Distributed, name: str, precision: str) -> None:
     assert precision in PRECISIONS[CASES[name].strategy]
     if name == "zero3+nvme":
-        pytest.skip("minutes of small files; amp-o1 is refused there (tests/test_check.py)")
+        pytest.skip(
+            "minutes of small files; amp-o1 is refused there (tests/parallel/test_compatibility.py)"
+        )
     assert_works(distributed, name, precision)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT
+from harness.jobs import ROOT
 
 STEPS = """
 import resource, sys

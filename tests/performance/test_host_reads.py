@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.jobs import ROOT, arguments, open_trainer, write_images
+from harness.jobs import ROOT, arguments, open_trainer, write_images
 
 Distributed = Callable[..., list[Any]]
 READS = {"tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"}

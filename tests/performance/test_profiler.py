@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from seer_scale import build
-from seer_scale.check import check_sharding
+from harness.jobs import RECIPES, arguments, lines, run_job, write_images
+from seer_scale.config.recipe import parse
 from seer_scale.errors import ConfigError
+from seer_scale.parallel.compatibility import check_sharding
 from seer_scale.performance.time_by_kind import CONV, NORM, OPTIMIZER, time_by_kind
-from seer_scale.recipe import parse
 from seer_scale.tracking.spool import SPOOL, Tracker, read_events
-from tests.jobs import RECIPES, arguments, lines, run_job, write_images
+from seer_scale.train import build
 
 Distributed = Callable[..., list[Any]]
 
@@ -75,8 +75,8 @@ def test_a_run_that_is_not_profiled_leaves_nothing(
 
 def run_part(argv: list[str], steps: int) -> list[str]:
     """A run that is stopped while it is profiled; the files that it left."""
-    from seer_scale.stopping import Stop
-    from tests.jobs import open_trainer
+    from harness.jobs import open_trainer
+    from seer_scale.train.stopping import Stop
 
     trainer = open_trainer(argv)
     inner = trainer.train_step
@@ -150,7 +150,7 @@ def test_a_rank_that_is_not_there() -> None:
 
 def collections_of(argv: list[str]) -> list[int]:
     """The step after which each collection of a run's garbage took place; -1 within a step."""
-    from tests.jobs import open_trainer
+    from harness.jobs import open_trainer
 
     trainer = open_trainer(argv)
     inner, within, seen = trainer.train_step, [False], list[int]()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from seer_scale.parallel import distributed as ranks
-from seer_scale.parallel.work_clock import CLOCK, WorkClock
+from harness.jobs import arguments, lines, open_trainer, write_images
+from seer_scale import distributed as ranks
+from seer_scale.distributed.work_clock import CLOCK, WorkClock
 from seer_scale.performance.stragglers import Stragglers
-from tests.jobs import arguments, lines, open_trainer, write_images
 
 Distributed = Callable[..., list[Any]]
 CPU = torch.device("cpu")

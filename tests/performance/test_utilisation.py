@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale import build
+from harness.jobs import RECIPES, arguments, lines, run_job, write_images
+from seer_scale.config.recipe import parse
 from seer_scale.models.regnet import trunk_config
-from seer_scale.recipe import parse
-from seer_scale.scaling import hardware
-from seer_scale.scaling.flops import STEM, trunk_layers
-from seer_scale.scaling.hardware import hardware_of, load_hardware
-from tests.jobs import RECIPES, arguments, lines, run_job, write_images
+from seer_scale.performance import hardware
+from seer_scale.performance.flops import STEM, trunk_layers
+from seer_scale.performance.hardware import hardware_of, load_hardware
+from seer_scale.train import build
 
 Distributed = Callable[..., list[Any]]
 CPU = torch.device("cpu")

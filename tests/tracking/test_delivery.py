@@ -26,10 +26,10 @@ import pytest
 import torch
 
 from seer_scale.commands import sync
+from seer_scale.convert.loading import load
+from seer_scale.distributed.ports import free_port
 from seer_scale.errors import UserError
-from seer_scale.loading import load
 from seer_scale.models import build_trunk
-from seer_scale.ports import free_port
 from seer_scale.serving import export_trunk
 from seer_scale.tracking import Tracker, sender, start_tracking
 from seer_scale.tracking.lock import holder

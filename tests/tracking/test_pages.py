@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from tests.browser import chromium, needs_chromium
-from tests.jobs import ROOT, arguments, write_images
+from harness.browser import chromium, needs_chromium
+from harness.jobs import ROOT, arguments, write_images
 from tests.tracking.test_delivery import Server, until
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Shared by tests and benchmarks: processes, jobs, engines, parity cases, memory meters."""

@@ -1,0 +1,1 @@
+"""Generators of training and evaluation data, for people who have no images at hand."""

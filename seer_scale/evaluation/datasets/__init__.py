@@ -1,0 +1,1 @@
+"""Labelled images: class folders, VOC, COCO and lists of file names."""

@@ -1,0 +1,1 @@
+"""Scaling studies: runs over model sizes, fitted power laws, and a report."""

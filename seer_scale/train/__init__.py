@@ -1,0 +1,1 @@
+"""The step, the loop around the step, and the faults that a run survives."""

@@ -1,0 +1,91 @@
+"""Studies are read strictly and resolve to runs that launch/pretrain.py takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from seer_scale.config.recipe import parse
+from seer_scale.errors import ConfigError
+from seer_scale.studies.study import Point, Study, points_of, read_study
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "launch" / "recipes"
+GOOD: dict[str, Any] = {
+    "name": "tiny",
+    "recipe": "debug",
+    "sizes": ["regnety_debug", "regnety_200mf"],
+    "seeds": [0, 1],
+    "images": [32, 64],
+    "global_batch": 8,
+    "processes": 2,
+    "set": {"data.path": "images", "optim.lr": 1e-3},
+}
+
+
+def written(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def points(folder: Path, **changes: Any) -> tuple[Study, list[Point]]:
+    study = read_study(written(folder, GOOD | changes))
+    return study, points_of(study, folder / "out", RECIPES)
+
+
+def test_points_are_the_whole_grid_and_resolve_to_runs(tmp_path: Path) -> None:
+    _, found = points(tmp_path)
+    assert len({point.name for point in found}) == 2 * 2 * 2
+    for point in found:
+        config = parse(point.arguments, recipes=RECIPES).config
+        assert config == point.config
+        assert config.model.trunk == point.trunk
+        assert config.run.seed == point.seed
+        assert config.train.steps * config.train.micro_batch_size * 2 == point.images
+        assert config.optim.lr == 1e-3
+        assert Path(config.run.dir) == tmp_path / "out" / "runs" / point.name
+        assert config.tracking.experiment == "tiny"
+
+
+def test_with_steps_given_the_batch_follows_the_budget(tmp_path: Path) -> None:
+    _, found = points(tmp_path, global_batch=None, steps=4)
+    assert {point.config.train.steps for point in found} == {4}
+    assert {point.config.train.micro_batch_size for point in found} == {4, 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sizes": ["regnety_debug"]}, "sizes has one entry, regnety_debug"),
+        ({"sizes": ["regnety_debug", "regnety_debug"]}, "sizes has one entry"),
+        ({"seeds": [1, 1]}, "seeds .* names an entry twice"),
+        ({"recipe": "debgu"}, "debgu"),
+        ({"sizes": ["regnety_debug", "regnety_5gf"]}, "regnety_5gf"),
+        ({"images": [30]}, "30, which is no multiple of global_batch 8"),
+        ({"steps": 4}, "give one of global_batch and steps"),
+        ({"global_batch": None}, "give one of global_batch and steps"),
+        ({"processes": 3}, "8 images a step do not divide into 3 processes"),
+        ({"sedes": [1]}, "sedes: is no key of a study; there are name, recipe"),
+        ({"set": {"optim.lrr": 1}}, "optim.lrr"),
+        ({"images": []}, "images"),
+        ({"images": "many"}, "images"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        points(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_study(tmp_path / "none.yaml")
+    for text in ("", "- a", "a: [", "name: x\nname: y"):
+        path = tmp_path / "study.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            read_study(path)
