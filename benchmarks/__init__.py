@@ -1,1 +1,1 @@
-"""Commands that print the numbers of the docs."""
+"""Benchmarks: each command measures something and prints, or writes, numbers of the docs."""

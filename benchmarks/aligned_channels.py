@@ -1,6 +1,9 @@
-"""What `model.align_channels` adds to every trunk: the table of docs/performance.md.
+"""Counts the parameters and operations that `model.align_channels` adds to every trunk.
 
-Counted, not measured: parameters of the modules on meta, operations from their shapes.
+    python benchmarks/aligned_channels.py [--write]
+
+Nothing is timed: parameters are those of modules on the meta device, operations follow from shapes.
+`--write` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ MULTIPLE, SIZE = 8, 224
 
 
 def row(name: str, multiple: int) -> list[str]:
-    """A trunk's line: what is padded, and how much more there is of parameters and operations."""
+    """Makes a trunk's row: padded widths, and the added parameters and operations in per cent."""
     config = TRUNKS[name]
     plain, aligned = build_trunk(name, device="meta"), build_trunk(name, device="meta")
     align_channels(aligned, multiple)
     layers = trunk_layers(config, SIZE)
-    # Operations of a convolution are its weights' elements times its output's pixels.
+    # Multiplications of a convolution: number of weights times pixels of the output.
     growth = [
         new / old for old, new in zip(kernel_sizes(plain), kernel_sizes(aligned), strict=True)
     ]
@@ -50,20 +53,22 @@ def row(name: str, multiple: int) -> list[str]:
 
 
 def kernel_sizes(trunk: nn.Module) -> list[int]:
-    """Elements of the weights of every convolution."""
+    """Lists the number of weights of every convolution."""
     return [module.weight.numel() for module in trunk.modules() if isinstance(module, nn.Conv2d)]
 
 
 def table(multiple: int = MULTIPLE) -> str:
-    """All trunks."""
+    """Writes the Markdown table of all trunks."""
     header = ["trunk", "group width", "widths", "with padding", "parameters", "FLOPs"]
     return record.markdown(header, [row(name, multiple) for name in TRUNKS])
 
 
 def main() -> None:
-    """Prints the table; `--write` puts the one for 8 into the document."""
+    """Prints the table; `--write` puts the table for a multiple of 8 into the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--multiple", type=int, default=MULTIPLE, help="of channels")
+    parser.add_argument(
+        "--multiple", type=int, default=MULTIPLE, help="channels are padded to a multiple of this"
+    )
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
     arguments = parser.parse_args()
     print(table(arguments.multiple), end="")

@@ -1,10 +1,11 @@
-"""`make bench`: what a step and its parts cost, beside what people would otherwise use.
+"""Measures the time of a training step and its parts, beside what others use instead.
 
+    make bench
     python benchmarks/bench.py [step loss batchnorm strategies larc startup overhead] [--write]
 
-Sections run one after the other on one machine; inside a section what is compared takes turns. The
-stall of a save and the loader have benches of their own (`make stall`, `make bench-loader`), whose
-results are repeated in the table.
+Sections run one after the other on one machine; contenders of a section take turns. The stall of a
+save (`make stall`) and the loader (`make bench-loader`) have benchmarks of their own; the table
+repeats their results. `--write` puts the results into benchmarks/results/ and docs/performance.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TRAINER_OVERHEAD, SINKHORN_SHARE, LARC_SHARE, HELP_SECONDS = 0.02, 0.01, 0.6, 1.
 
 
 def step(repeats: int) -> tuple[list[Row], list[str]]:
-    """The training step at two sizes."""
+    """Measures the training step at two sizes."""
     rows: list[Row] = []
     missed: list[str] = []
     for trunk, batch in (("regnety_400mf", 8), ("regnety_1_6gf", 4)):
@@ -69,31 +70,31 @@ def step(repeats: int) -> tuple[list[Row], list[str]]:
 
 
 def loss(repeats: int) -> tuple[list[Row], list[str]]:
-    """SwAV's codes and loss at SEER's number of prototypes."""
+    """Measures SwAV's codes and loss at SEER's number of prototypes."""
     rows = bench_parts.loss(repeats)
     worst = max(row["share of the step's arithmetic"] for row in rows)
     return rows, [] if worst < SINKHORN_SHARE else [f"codes and loss take {worst:.1%} of a step"]
 
 
 def batchnorm(repeats: int) -> tuple[list[Row], list[str]]:
-    """Grouped SyncBatchNorm against torch's BatchNorm."""
+    """Measures grouped SyncBatchNorm beside torch's BatchNorm."""
     return bench_parts.batchnorm(repeats), []
 
 
 def strategies(repeats: int) -> tuple[list[Row], list[str]]:
-    """Every strategy's step against DDP's, on two processes."""
+    """Measures the step of every strategy beside DDP's, on two processes."""
     return bench_parts.strategies(repeats), []
 
 
 def larc(repeats: int) -> tuple[list[Row], list[str]]:
-    """The optimizer's step against the speed of memory."""
+    """Measures the optimizer's step beside a copy of as much memory."""
     rows = bench_parts.larc(repeats)
     share = rows[0]["share of copying"]
     return rows, [] if share >= LARC_SHARE else [f"LARC reaches {share:.0%} of copying"]
 
 
 def startup(repeats: int) -> tuple[list[Row], list[str]]:
-    """Seconds until `--help` is printed and until the package is imported."""
+    """Measures the seconds until `--help` is printed and until the package is imported."""
     rows = bench_parts.startup(repeats)
     slow = [
         row["command"] for row in rows if "--help" in row["command"] and row["s"] > HELP_SECONDS
@@ -102,7 +103,7 @@ def startup(repeats: int) -> tuple[list[Row], list[str]]:
 
 
 def overhead(repeats: int) -> tuple[list[Row], list[str]]:
-    """The trainer's loop, MLflow on, against the bare step."""
+    """Measures the trainer's loop with MLflow beside the bare step."""
     rows = bench_parts.overhead(repeats)
     share = rows[0]["overhead"]
     return rows, [] if share < TRAINER_OVERHEAD else [f"the trainer costs {share:.1%}"]
@@ -115,7 +116,7 @@ SECTIONS: dict[str, Callable[[int], tuple[list[Row], list[str]]]] = {
 
 
 def tables(found: dict[str, list[Row]]) -> str:
-    """A Markdown table per section."""
+    """Writes a Markdown table per section."""
     parts = []
     for name, rows in found.items():
         title = (SECTIONS[name].__doc__ or "").strip().rstrip(".")
@@ -125,7 +126,7 @@ def tables(found: dict[str, list[Row]]) -> str:
 
 
 def kept_elsewhere() -> str:
-    """The newest results of the benches that have commands of their own."""
+    """Reads the newest results of benchmarks that have their own commands."""
     lines = []
     for name, command in (("stall", "make stall"), ("loader", "make bench-loader")):
         for path in sorted(record.RESULTS.glob(f"{name}_*.json"))[-1:]:
@@ -135,13 +136,15 @@ def kept_elsewhere() -> str:
 
 
 def main() -> int:
-    """Measures and prints; 1 if an aim is missed."""
+    """Measures and prints; returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", default=[], help="all unless given"
+        "sections", nargs="*", metavar="SECTION", default=[], help="sections to run (default: all)"
     )
-    parser.add_argument("--repeats", type=int, default=11, help="of everything that is compared")
-    parser.add_argument("--write", action="store_true", help="JSON, and docs/performance.md")
+    parser.add_argument("--repeats", type=int, default=11, help="measurements of each contender")
+    parser.add_argument(
+        "--write", action="store_true", help="write the JSON and docs/performance.md"
+    )
     given = parser.parse_args()
     for name in given.sections:
         if name not in SECTIONS:

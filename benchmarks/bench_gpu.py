@@ -1,8 +1,11 @@
-"""`make bench-gpu`: seer_256gf on one GPU, what each choice gains, and a plain loop beside it.
+"""Measures a step of seer_256gf on one GPU with each option, and a plain torch loop beside it.
 
-Ends by itself in less than eight minutes: what there was no time for is 'not measured'. Every row
-builds its own model, since two do not fit; the plain loop runs first and last, so that a GPU that
-gets slower shows.
+    make bench-gpu
+    python benchmarks/bench_gpu.py [--budget SECONDS] [--write]
+
+Ends within eight minutes: rows that had no time are 'not measured'. Every row builds its own model,
+since two do not fit. The plain loop runs first and last, so that a GPU that slows down is seen.
+`--write` puts the results into benchmarks/results/ and docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,20 +26,21 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import peers, record
-from benchmarks.memory import RECIPE
 from benchmarks.train_step import our_step
+from harness.engines import RECIPE
 from seer_scale.config import RunConfig
 from seer_scale.config.recipe import parse
 from seer_scale.distributed.ports import free_port
 from seer_scale.models import build_model, initialise
+from seer_scale.performance.cuda_allocator import let_segments_grow
 from seer_scale.train import build
 
 COMMAND = "make bench-gpu"
 DOCUMENT = record.ROOT / "docs" / "performance.md"
-BUDGET_S = 440.0  # of the eight minutes; a row that has begun is finished
+BUDGET_S = 440.0  # no row starts later; a started row is finished
 PLAIN = "plain torchvision loop"
 Row = dict[str, Any]
-# In the order in which they are tried; compile last, it costs a minute before its first step.
+# In the order of measurement; compile is last, since it needs a minute before its first step.
 CHOICES = [
     {"align": align, "format": memory_format, "recompute": recompute, "compile": compiled}
     for compiled, recompute, memory_format, align in itertools.product(
@@ -46,7 +50,7 @@ CHOICES = [
 
 
 def arguments(trunk: str, batch: int, choice: dict[str, Any], plain: bool = False) -> list[str]:
-    """Of a run of the recipe's model at 2x160+4x96 in bf16."""
+    """Arguments for a run of the recipe's model at 2x160+4x96 pixels in bf16."""
     heads, prototypes = ("[8192,8192,256]", 16_000) if trunk.endswith("gf") else ("[32,16]", 64)
     return [
         *("--recipe", RECIPE, "run.dir=unused", "data.path=unused", "tracking.enabled=false"),
@@ -68,7 +72,7 @@ def arguments(trunk: str, batch: int, choice: dict[str, Any], plain: bool = Fals
 
 
 def plain_step(config: RunConfig, device: torch.device) -> peers.Step:
-    """torchvision has no 256 GF network: its RegNet with SEER's numbers, built of its own parts."""
+    """Builds the plain step; torchvision has no 256 GF, so its RegNet takes SEER's numbers."""
     with torch.device(device):
         model = build_model(
             config.model.trunk,
@@ -82,7 +86,7 @@ def plain_step(config: RunConfig, device: torch.device) -> peers.Step:
 
 
 def measure(step: peers.Step, images: Any, warm_up: int, steps: int) -> tuple[float, float]:
-    """Seconds of a step, the median, and the most GiB that were allocated."""
+    """Measures the median seconds of a step and the peak of allocated GiB."""
     cuda = images[0].is_cuda
     for _ in range(warm_up):
         step(images)
@@ -104,9 +108,9 @@ def measure(step: peers.Step, images: Any, warm_up: int, steps: int) -> tuple[fl
 def row(
     name: str, trunk: str, batch: int, choice: dict[str, Any] | None, device: torch.device
 ) -> Row:
-    """One way to train, or why it could not be."""
+    """Measures one way to train, or says why it was not possible."""
     argv = arguments(trunk, batch, choice or {}, plain=choice is None)
-    config = parse(argv, recipes=record.ROOT / "launch" / "recipes").config
+    config = parse(argv, recipes=record.ROOT / "launch" / "recipes", ranks=1).config
     images = [
         torch.randn(count * batch, 3, size, size, device=device)
         for count, size in ((2, 160), (4, 96))
@@ -133,20 +137,23 @@ def row(
 
 
 def describe(choice: dict[str, Any]) -> str:
-    """A row's name."""
+    """Name of a row."""
     parts = [f"align {choice['align']}", choice["format"], f"recompute {choice['recompute']}"]
     return ", ".join([*parts, "compile"] if choice["compile"] else parts)
 
 
 def main() -> int:
-    """Measures what there is time for, and prints the table."""
+    """Measures rows until the time is up, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trunk", default="regnety_256gf")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--write", action="store_true", help="JSON, and docs/performance.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the JSON and docs/performance.md"
+    )
     given = parser.parse_args()
+    let_segments_grow()  # as a training does
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no GPU here: nothing is measured, nothing is written", file=sys.stderr)
         return 1

@@ -1,4 +1,8 @@
-"""Parts of a step by themselves: codes and loss, BatchNorm, strategies, LARC, start-up, trainer."""
+"""The sections of `make bench` besides the step: codes and loss, BatchNorm, strategies and others.
+
+LARC, start-up and the trainer's overhead are measured here too. `benchmarks/bench.py` runs these
+functions and keeps their results.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +18,32 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import record
-from benchmarks.memory import (
-    RECIPE,
-    STRATEGIES,
-    build_engine,
-    configuration,
-    forward_and_backward,
-    fresh,
-)
+from benchmarks.memory import fresh
 from benchmarks.train_step import arguments, in_turns
+from harness.engines import RECIPE, STRATEGIES, build_engine, configuration, forward_and_backward
 from seer_scale.config.recipe import parse
 from seer_scale.models import build_model, initialise
 from seer_scale.objectives import SwAV
-from seer_scale.optim.slice_sgd import SliceSGD, parameter_groups
+from seer_scale.optim.groups import parameter_groups
+from seer_scale.optim.slice_sgd import SliceSGD
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
 from seer_scale.planner import plan
 
 Row = dict[str, Any]
-PROTOTYPES, IMAGES = 16_000, 16  # SEER's; images a rank
+PROTOTYPES, IMAGES = 16_000, 16  # SEER's prototypes; images per rank
 RANKS = (2, 8, 64, 512)
 LARC_TRUNK = "regnety_16gf"
-# Of a parameter, in floats: value and gradient for the norms; those and momentum again for the
-# update, which writes value and momentum.
+# Floats that pass through memory per parameter: the norms read value and gradient; the update reads
+# value, gradient and momentum, and writes value and momentum.
 LARC_TRAFFIC = 4 * (2 + 3 + 2)
 
 
 def loss(repeats: int) -> list[Row]:
-    """Codes, loss and gradient at K = 16,000, against the step of seer_256gf as planned.
+    """Measures codes, loss and gradient at K = 16,000 beside the planned step of seer_256gf.
 
-    Computing does not depend on the number of ranks, communication does: the first is measured
-    here against the arithmetic that the planner gives this machine, the second is the planner's
-    for H200, against the arithmetic there.
+    Computing does not depend on the number of ranks: it is measured here, beside the arithmetic
+    that the planner counts for this machine. Communication does: it is planned for H200, beside the
+    arithmetic there.
     """
     objective = SwAV(crops=6)
     scores = torch.randn(6 * IMAGES, PROTOTYPES).mul_(0.3).requires_grad_()
@@ -83,7 +82,7 @@ def loss(repeats: int) -> list[Row]:
 
 
 def batchnorm(repeats: int) -> list[Row]:
-    """A layer forward and backward; torch's SyncBatchNorm and Apex's exist on CUDA only."""
+    """Measures a layer forward and backward; SyncBatchNorm of torch and Apex need CUDA."""
     rows = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(16, 208, 20, 20).contiguous(memory_format=memory_format).requires_grad_()
@@ -118,7 +117,7 @@ def batchnorm(repeats: int) -> list[Row]:
 
 
 def strategy_seconds(names: Sequence[str], repeats: int) -> list[float]:
-    """Seconds of a step of each strategy; on every rank of a group."""
+    """Measures the seconds of a step of each strategy; every rank of a group calls it."""
     steps = []
     for name in names:
         options = arguments("regnety_400mf", 4)
@@ -134,7 +133,7 @@ def strategy_seconds(names: Sequence[str], repeats: int) -> list[float]:
 
 
 def strategies(repeats: int) -> list[Row]:
-    """On two processes of one thread each."""
+    """Measures every strategy on two processes of one thread each."""
     names = [name for name in STRATEGIES if name != "hsdp"]
     found = fresh(2, strategy_seconds, names, repeats)[0]
     return [
@@ -148,7 +147,7 @@ def strategies(repeats: int) -> list[Row]:
 
 
 def larc(repeats: int) -> list[Row]:
-    """SliceSGD with LARC on the tensors of a 16 GF trunk; a copy of as much memory beside it."""
+    """Measures SliceSGD with LARC on a 16 GF trunk, beside a copy of as much memory."""
     model = build_model(LARC_TRUNK, head_dims=[256, 64], head_batch_norm=False, prototypes=300)
     initialise(model, 0)
     optimizer = SliceSGD(
@@ -184,7 +183,7 @@ def larc(repeats: int) -> list[Row]:
 
 
 def startup(repeats: int) -> list[Row]:
-    """Of a fresh interpreter, files in the page cache."""
+    """Measures the start of a fresh interpreter with all files in the page cache."""
     commands = {
         "launch/pretrain.py --help": ["launch/pretrain.py", "--help"],
         "launch/evaluate.py --help": ["launch/evaluate.py", "--help"],
@@ -209,10 +208,10 @@ def startup(repeats: int) -> list[Row]:
 
 
 def overhead(repeats: int) -> list[Row]:
-    """Turns of one trainer, whole and bare: the bare one does what computes, and nothing else."""
+    """Measures one trainer in turns, whole and bare: the bare one only computes."""
     from harness.jobs import write_images
     from seer_scale.data import open_source
-    from seer_scale.train.trainer import Trainer
+    from seer_scale.train import build
 
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", 64)
@@ -221,22 +220,21 @@ def overhead(repeats: int) -> list[Row]:
             *(f"data.path={folder}/images", f"run.dir={folder}/run", "train.precision=fp32"),
             *("sharding.sync_bn_group_size=0", f"tracking.uri=sqlite:///{folder}/mlflow.db"),
         ]
-        config = parse(argv, recipes=record.ROOT / "launch" / "recipes").config
+        config = parse(argv, recipes=record.ROOT / "launch" / "recipes", ranks=1).config
         source = open_source(config.data.path)
-        trainer = Trainer(
+        trainer = build.trainer_of(
             config, ds_config=None, source=source, resume=None, device=torch.device("cpu")
         )
 
         def bare() -> None:
-            batch = next(trainer.device_batches)
+            batch = next(trainer.images)
             embeddings, scores = trainer.engine(batch.crops, None)
             value, _ = trainer.objective(embeddings, scores)
             trainer.engine.backward(value)
             trainer.engine.step()
 
         def whole() -> None:
-            metrics, _, _ = trainer.train_step()
-            trainer._log(metrics)
+            trainer.log(trainer.train_step().metrics)
 
         bare_seconds, whole_seconds = in_turns([bare, whole], 2 * repeats)
         trainer.close("KILLED")

@@ -1,7 +1,10 @@
-"""What `performance/hardware/cpu.yaml` says, measured again; and the planner's times by it.
+"""Measures the numbers of `seer_scale/performance/hardware/cpu.yaml`, and checks planned times.
 
-One process per core: the peak of a matrix product, copying, gloo between two processes. The
-efficiency is fitted on one size; the step times of the others are predictions.
+    python benchmarks/cpu_profile.py [--write]
+
+One process per core: the peak of a matrix product, a copy of memory, gloo between two processes.
+The efficiency is fitted to one trunk; the step times of the other trunks are predictions. `--write`
+puts the results into benchmarks/results/ and docs/planner.md.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import record
-from benchmarks.memory import build_engine, forward_and_backward
+from harness.engines import build_engine, forward_and_backward
 from harness.pool import Pool
 from seer_scale.config.recipe import parse
-from seer_scale.planner import load_hardware, plan
+from seer_scale.performance.hardware import load_hardware
+from seer_scale.planner import plan
 
 COMMAND = "python benchmarks/cpu_profile.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"
@@ -35,7 +39,7 @@ SECONDS = 900.0
 def fastest(
     function: Callable[[], object], times: int, clock: Callable[[], float] = time.process_time
 ) -> float:
-    """Seconds of the fastest of several calls; of the processor, unless they wait for others."""
+    """Seconds of the fastest of several calls: processor time, or wall time if the call waits."""
     found = []
     for _ in range(times):
         began = clock()
@@ -45,7 +49,7 @@ def fastest(
 
 
 def machine() -> dict[str, float]:
-    """Of one process, while the other cores do the same."""
+    """Measures one process while all other cores do the same."""
     dist.barrier()
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     peak = 2 * 1024**3 / fastest(lambda: a @ b, 20)
@@ -75,9 +79,9 @@ def arguments(trunk: str, mode: str) -> list[str]:
 
 
 def step_seconds(trunk: str, mode: str) -> float:
-    """Of the fastest of some steps on one rank."""
+    """Seconds of the fastest of some steps on one rank."""
     argv = ["--recipe", "swav_in1k_regnety_16gf", *arguments(trunk, mode)]
-    config = parse(argv, recipes=record.ROOT / "launch" / "recipes").config
+    config = parse(argv, recipes=record.ROOT / "launch" / "recipes", ranks=1).config
     engine, _ = build_engine(config)
 
     def step() -> None:
@@ -89,7 +93,7 @@ def step_seconds(trunk: str, mode: str) -> float:
 
 
 def alone(trunk: str, mode: str) -> float:
-    """`step_seconds` in a process of its own."""
+    """Runs `step_seconds` in a process of its own."""
     pool = Pool(1)
     try:
         return float(pool.run(step_seconds, trunk, mode, seconds=SECONDS)[0])
@@ -98,9 +102,11 @@ def alone(trunk: str, mode: str) -> float:
 
 
 def main() -> int:
-    """Measures and prints; with --write into docs/planner.md too."""
+    """Measures and prints; --write also writes docs/planner.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/ and benchmarks/results/")
+    parser.add_argument(
+        "--write", action="store_true", help="write into docs/ and benchmarks/results/"
+    )
     options = parser.parse_args()
     pool = Pool(2)
     try:

@@ -1,9 +1,10 @@
-"""The elastic matrix: stop at step 7, resume under another strategy on another number of ranks.
+"""Measures losses after a resume under another strategy and another number of ranks.
 
     python benchmarks/elastic.py [--all] [--write]
 
-Whole trainings on CPU through the trainer, with a queue. Each resumed run's losses of steps 8 to 20
-are compared with those of two runs that were not interrupted: one as it began, one as it ended.
+Trains on CPU with the trainer and SwAV's queue; a run stops at step 7 and resumes. Its losses of
+steps 8 to 20 are compared with two runs without interruption: one as the run began, one as it
+ended. `--write` puts the results into benchmarks/results/ and docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import record  # noqa: E402
-from harness import pool as conftest  # noqa: E402
 from harness.jobs import arguments, losses, run_job, write_images  # noqa: E402
+from harness.pool import Pool  # noqa: E402
 
 STEPS, STOP, BATCH = 20, 7, 8
-conftest.SECONDS = 3600  # four ranks share what cores there are
+SECONDS = 3600  # four ranks share the cores of the machine
 TOLERANCE = 1e-4
 ZERO = {
     f"zero{n}": ["--deepspeed_config", str(ROOT / "ds_configs" / f"zero{n}.json")]
@@ -37,28 +38,28 @@ Place = tuple[str, int]  # strategy, number of ranks
 
 
 class Matrix:
-    """Runs trainings in pools of processes and remembers those that were not interrupted."""
+    """Runs trainings in pools of processes and remembers the uninterrupted ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.images = write_images(folder / "images")
-        self._pools: dict[int, conftest.Pool] = {}
+        self._pools: dict[int, Pool] = {}
         self._whole: dict[Place, Path] = {}
 
     def whole(self, place: Place) -> Path:
-        """The folder of a run from step 0 to the end, with a checkpoint of step 7."""
+        """Folder of a run from step 0 to the end, with a checkpoint of step 7."""
         if place not in self._whole:
             self._whole[place] = self._train(place, f"{place[0]}_{place[1]}", [])
         return self._whole[place]
 
     def resumed(self, start: Place, end: Place) -> list[float]:
-        """The losses of steps 8 to 20 after a change of strategy and number of ranks."""
+        """Losses of steps 8 to 20 after a change of strategy and number of ranks."""
         checkpoint = self.whole(start) / "checkpoints" / f"step_{STOP:08d}"
         name = f"{start[0]}_{start[1]}_to_{end[0]}_{end[1]}"
         return losses(self._train(end, name, ["--resume", str(checkpoint)]))
 
     def difference(self, start: Place, end: Place) -> float:
-        """Largest relative difference of a loss from either run that was not interrupted."""
+        """Largest relative difference of a loss from either uninterrupted run."""
         found = self.resumed(start, end)
         return max(worst(found, losses(self.whole(place))[STOP:]) for place in (start, end))
 
@@ -75,15 +76,15 @@ class Matrix:
             run_dir,
             *(f"train.steps={STEPS}", f"train.micro_batch_size={BATCH // world_size}"),
             *(f"checkpoint.every={STOP}", "checkpoint.keep=9", "objective.queue_length=16"),
-            # Calm: at a high rate the rounding of another order of summation grows without bound.
+            # A low learning rate: at a high one, differences by rounding grow without bound.
             *("optim.base_lr=0.05", "model.head_batch_norm=true"),
             *STRATEGIES[strategy],
             *more,
         )
         if world_size not in self._pools:
-            self._pools[world_size] = conftest.Pool(world_size)
+            self._pools[world_size] = Pool(world_size)
         began = time.monotonic()
-        self._pools[world_size].run(run_job, argv)
+        self._pools[world_size].run(run_job, argv, seconds=SECONDS)
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
         return run_dir
 
@@ -101,18 +102,18 @@ def changes(strategies: list[str], everything: bool) -> list[tuple[Place, Place]
         return [((a, m), (b, n)) for a, b in pairs for m, n in CHANGES]
     chosen = []
     for index, (a, b) in enumerate(pairs):
-        # Diagonally, so that every strategy both begins and ends with all of them.
+        # Diagonally, so that every strategy is resumed from and into every number of ranks.
         m, n = CHANGES[(index + index // len(strategies)) % len(CHANGES)]
         chosen.append(((a, m), (b, n)))
     return chosen
 
 
 def main() -> int:
-    """Prints the table; 1 if a cell is beyond the tolerance."""
+    """Prints the table; returns 1 if a cell is beyond the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--all", action="store_true", help="every pair under every change of ranks")
-    parser.add_argument("--write", action="store_true", help="into docs/checkpoints.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/checkpoints.md")
     arguments_ = parser.parse_args()
     strategies = arguments_.strategies.split(",")
     cells: dict[Place, list[str]] = {}

@@ -1,9 +1,13 @@
-"""`make gpu-10b`: SwAV steps of RG-10B on a single GPU, with their time, memory and loss.
+"""Measures time, memory and loss of SwAV steps of RG-10B on a single GPU.
 
-The project's own `shard()`, engine and objective. Strategy ddp on one rank costs the least memory:
-the weights are there once, where FSDP would gather a second copy of each unit. Float32 weights and
-momentum, the optimizer in the backward pass, every block recomputed, bf16. Crops are noise: this
-measures memory and speed, not learning. `--estimate` needs no GPU.
+    make gpu-10b
+    python benchmarks/gpu_10b.py [--batch IMAGES] [--estimate]
+
+Uses the project's own `shard()`, engine and objective. Strategy ddp on one rank needs least memory:
+the weights exist once, where FSDP would gather a second copy of each unit. Weights and momentum are
+float32, the optimizer steps in the backward pass, every block is recomputed in bf16. Crops are
+noise: this measures memory and speed, not learning. Results go into benchmarks/results/.
+`--estimate` needs no GPU: it computes the peak memory and puts it into docs/sharding.md.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # tensors of 3 GiB
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+)  # avoids gaps between tensors of 3 GiB
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -36,16 +42,18 @@ from seer_scale.objectives.build import Objective  # noqa: E402
 from seer_scale.optim.schedules import prototypes_frozen  # noqa: E402
 from seer_scale.optim.slice_sgd import apply_schedule  # noqa: E402
 from seer_scale.optim.slices import Values  # noqa: E402
-from seer_scale.parallel.engine import PROTOTYPES, Engine, shard  # noqa: E402
+from seer_scale.parallel.build_optimizer import PROTOTYPES  # noqa: E402
+from seer_scale.parallel.engine import Engine  # noqa: E402
 from seer_scale.parallel.live_bytes import LiveBytes  # noqa: E402
 from seer_scale.train import build  # noqa: E402
+from seer_scale.train.build_engine import engine_of  # noqa: E402
 
 COMMAND = "make gpu-10b"
 TRUNK, BATCH, STEPS = "rg_10b", 16, 3  # the recipe's images per GPU
 WHOLE_GIB = 130  # a GPU of this size holds the momentum too
-HOST_GIB = 75  # one of the 80 GB class does not
+HOST_GIB = 75  # a GPU of the 80 GB class does not
 HOST_MEMORY_GIB = 64  # for 36 GiB of pinned momentum and the values on their way to the GPU
-SECONDS = 470  # after which the process ends itself
+SECONDS = 470  # the process ends itself after this time
 GIB = 2**30
 ESTIMATED = (4, 16, 64)  # batches of the table in docs/sharding.md
 
@@ -61,13 +69,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device at the moment of a step that needs most.
+    """Bytes on the device at the fullest moment of a step.
 
     Attributes:
         weights: float32 parameters and buffers.
-        momentum: as large as the parameters.
-        on_device: the peak with the momentum on the device.
-        on_host: the peak with the momentum on the host, of which one tensor's is there at a time.
+        momentum: float32 momentum, as large as the parameters.
+        on_device: peak with the momentum on the device.
+        on_host: peak with the momentum on the host; the device holds one tensor's at a time.
     """
 
     weights: int
@@ -77,37 +85,37 @@ class Estimate:
 
 
 def configuration(trunk: str, batch: int, **more: str) -> RunConfig:
-    """RG-10B's recipe as a single GPU can train it; `more` overrides it, with __ for the dot."""
+    """Resolves RG-10B's recipe for a single GPU; `more` overrides keys, with __ for the dot."""
     settings = {
         "model__trunk": trunk,
         "train__micro_batch_size": str(batch),
-        "train__precision": "bf16",  # float16's scale has to see all gradients before a step
+        "train__precision": "bf16",  # float16's loss scale needs all gradients before a step
         "optim__fuse_backward": "true",
-        "optim__warmup_steps": "0",  # its first steps would move no float32 weight
-        "sharding__activation_checkpointing": "full",  # one block's is less than a group's
+        "optim__warmup_steps": "0",  # the first steps of a warm-up would change no float32 weight
+        "sharding__activation_checkpointing": "full",  # one block needs less than a group
         "sharding__checkpoint_groups": "null",
         "sharding__sync_bn_group_size": "0",
         **more,
     }
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     recipes = ROOT / "launch" / "recipes"
-    return parse(["--recipe", "seer_rg10b", *overrides], recipes=recipes).config
+    return parse(["--recipe", "seer_rg10b", *overrides], recipes=recipes, ranks=1).config
 
 
 def build_engine(config: RunConfig, device: torch.device) -> Engine:
-    """The model with its initial values and its optimizer, on one rank."""
+    """Builds the model with its initial values and its optimizer, on one rank."""
     source = partial(seeded_values, seed=config.run.seed)
-    return shard(partial(build.model_of, config), source, config, None, device)
+    return engine_of(config, source, None, device)
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """The recipe's objective."""
+    """Builds the recipe's objective."""
     crops, section = sum(config.data.crop_counts), config.objective
     return build_objective(section.name, crops=crops, options=section.options)
 
 
 def run(config: RunConfig, device: torch.device, steps: int) -> tuple[list[Step], float]:
-    """Builds the model and takes steps; the steps, and the seconds that building took."""
+    """Builds the model and takes steps; returns the steps and the seconds of building."""
     began = time.perf_counter()
     engine, objective = build_engine(config, device), objective_of(config)
     _wait_for(device)
@@ -126,7 +134,7 @@ def run(config: RunConfig, device: torch.device, steps: int) -> tuple[list[Step]
 def take_step(
     engine: Engine, objective: Objective, config: RunConfig, step: int, crops: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """One step as the trainer takes it; its loss and the norm of its gradient."""
+    """Takes one step as the trainer does; returns the loss and the norm of the gradient."""
     still = prototypes_frozen(step, config.optim.freeze_prototypes_steps)
     apply_schedule(
         engine.param_groups,
@@ -141,7 +149,7 @@ def take_step(
 
 
 def noise(config: RunConfig, step: int, device: torch.device) -> list[Tensor]:
-    """Crops of every resolution, [count * B, 3, size, size]."""
+    """Makes random crops of every resolution, each [count * B, 3, size, size]."""
     generator = torch.Generator(device).manual_seed(step)
     batch, data = config.train.micro_batch_size, config.data
     return [
@@ -151,13 +159,12 @@ def noise(config: RunConfig, step: int, device: torch.device) -> list[Tensor]:
 
 
 def estimate(config: RunConfig) -> Estimate:
-    """What two steps would take, by running them on tensors that have shapes and no memory.
+    """Estimates the memory of two steps by running them on tensors without memory.
 
-    Not counted: what a kernel takes for itself (a convolution's workspace), the CUDA context, and
-    what the allocator cannot use between blocks.
+    Not counted: workspaces of kernels, the CUDA context, and gaps of the allocator.
     """
     cpu = torch.device("cpu")
-    # Built outside: modules cannot take fake tensors in place of fake ones.
+    # Built outside: modules cannot replace fake tensors by fake tensors.
     model = build.model_of(config, torch.device("meta"))
     data, batch = config.data, config.train.micro_batch_size
 
@@ -165,8 +172,8 @@ def estimate(config: RunConfig) -> Estimate:
         return lambda name, start, stop: torch.empty(stop - start)
 
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        engine = shard(lambda _: model, empty, config, None, cpu)
-        for step in range(2):  # in the first the momentum only comes into being
+        engine = engine_of(config, empty, None, cpu, model=lambda _: model)
+        for step in range(2):  # the momentum exists only after the first step
             crops = [
                 torch.empty(count * batch, 3, size, size)
                 for count, size in zip(data.crop_counts, data.crop_sizes, strict=True)
@@ -183,7 +190,7 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def momentum_on_host(gpu_gib: float, host_gib: float) -> bool | None:
-    """Whether the momentum has to be on the host; None if RG-10B does not fit even so."""
+    """Whether the momentum must be on the host; None if RG-10B does not fit even then."""
     if gpu_gib >= WHOLE_GIB:
         return False
     return True if gpu_gib >= HOST_GIB and host_gib >= HOST_MEMORY_GIB else None
@@ -198,7 +205,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def on_gpu(batch: int, steps: int) -> int:
-    """The steps on this machine's first GPU; 0 also where there is none that is large enough."""
+    """Takes the steps on this machine's first GPU; returns 0, also if no GPU is large enough."""
     need = (
         f"RG-10B needs a CUDA GPU of {WHOLE_GIB} GiB, or of {HOST_GIB} GiB with {HOST_MEMORY_GIB} "
         "GiB of host memory"
@@ -249,7 +256,7 @@ def on_gpu(batch: int, steps: int) -> int:
 
 
 def show(taken: list[Step], batch: int, built: float) -> None:
-    """Prints what steps took."""
+    """Prints time, memory and loss of the steps."""
     print(f"built with its initial values in {built:.0f} s")
     for number, step in enumerate(taken, start=1):
         print(
@@ -259,7 +266,7 @@ def show(taken: list[Step], batch: int, built: float) -> None:
 
 
 def estimate_table(trunk: str, batches: tuple[int, ...]) -> str:
-    """The estimated peak by batch in GiB, as a Markdown table."""
+    """Writes the estimated peak by batch in GiB as a Markdown table."""
     rows: list[list[Any]] = []
     for batch in batches:
         found = estimate(configuration(trunk, batch))
@@ -270,11 +277,13 @@ def estimate_table(trunk: str, batches: tuple[int, ...]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=BATCH, help="images per step")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--estimate", action="store_true", help="only the peak memory, without GPU")
+    parser.add_argument(
+        "--estimate", action="store_true", help="only estimate the peak memory; needs no GPU"
+    )
     options = parser.parse_args()
     if not options.estimate:
         return on_gpu(options.batch, options.steps)

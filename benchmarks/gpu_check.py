@@ -1,8 +1,16 @@
-"""`make gpu-check`: the parity matrix on this machine's GPUs, as a table and a JSON.
+"""Checks on this machine's GPUs what a CPU cannot show, and every strategy against plain torch.
 
-Cases and oracle are those of harness/parity.py: every strategy against a plain loop in plain
-torch on the same GPU, then low precision against the same float32 loop. One process per GPU, nccl.
-A machine without a GPU is told so. `python benchmarks/gpu_check.py` runs without installation.
+    make gpu-check
+    python benchmarks/gpu_check.py [--cases CASE ...] [--minutes MINUTES]
+
+First come the cases of benchmarks/gpu_cases.py: BatchNorm of every layout and group, pinned memory,
+steps that must not count, timeouts; each group of them ends within five minutes.
+
+Cases and plain loop of the matrix are those of harness/parity.py: every strategy against plain
+torch on the same GPU; low precision is compared with the same loop in float32. One process per GPU,
+nccl; one GPU is enough, and what needs more is skipped with the reason. One line per case; nothing
+starts after `--minutes`. On a machine without a GPU it says so and ends. Results go into
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,13 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or sums change from run to run
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes sums equal from run to run
 
 import torch  # noqa: E402
 from torch.multiprocessing.spawn import (  # noqa: E402
@@ -33,49 +42,27 @@ from torch.multiprocessing.spawn import (  # noqa: E402
 )
 
 from benchmarks import record  # noqa: E402
+from benchmarks.gpu_cases import MINUTES  # noqa: E402
+from benchmarks.gpu_rows import EXTRAS, Row, Variant, figures, report  # noqa: E402
 from harness import parity  # noqa: E402
 from seer_scale import distributed  # noqa: E402
 from seer_scale.errors import ConfigError  # noqa: E402
-from seer_scale.parallel.compatibility import check_sharding  # noqa: E402
+from seer_scale.train.build_engine import check_run  # noqa: E402
 
 COMMAND = "make gpu-check"
-SECONDS = 1500  # for one case in all its variants; offload to NVMe takes minutes
+SECONDS = 1500  # per case with all variants; offload to NVMe takes minutes
+EXTRA_SECONDS = 300
+BUDGET_MINUTES = 30.0
 # Largest relative difference of a step's loss and, in float32, of parameters and buffers too.
-# fp32: sums in another order, as on CPU. Low precision: of CPU runs 0.002 (bf16); a loss scale that
-# starts too high skips the first steps.
+# fp32: sums in another order, as on CPU. Low precision: CPU runs differ by 0.002 (bf16); a loss
+# scale that starts too high skips the first steps.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "amp-o1": 5e-2, "apex-o1": 5e-2}
 CASES = parity.CASES | parity.GPU_CASES
 MODULES = {"zero": "deepspeed", "fairscale": "fairscale"}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One training of the matrix."""
-
-    case: str
-    checkpointing: str = "none"
-    precision: str = "fp32"
-    syncbn: str = "native"
-
-    def __str__(self) -> str:
-        parts = [self.case, f"recompute {self.checkpointing}", self.precision]
-        return ", ".join(parts + [f"syncbn {self.syncbn}"] * (self.syncbn != "native"))
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of a variant; differences as in `parity`, None where nothing was trained."""
-
-    variant: Variant
-    status: Literal["ok", "failed", "skipped"]
-    why: str = ""
-    differences: dict[str, float] = field(default_factory=dict)
-    skipped_steps: int = 0
-    seconds: float = 0.0
-
-
 def variants(cases: Sequence[str]) -> list[list[Variant]]:
-    """What is trained, case by case; NVMe, which is slow, last and in float32 only."""
+    """Lists the variants case by case; NVMe is slow: last, and in float32 only."""
     found = []
     for case in sorted(cases, key=lambda name: "nvme" in name):
         kinds = [Variant(case), Variant(case, "full")]
@@ -89,15 +76,33 @@ def variants(cases: Sequence[str]) -> list[list[Variant]]:
     return found
 
 
-def check(groups: list[list[Variant]], ranks: int, *, device: str, steps: int) -> list[Row]:
-    """Trains each group of variants in processes of its own; prints the rows as they come."""
+def extra_variants() -> list[list[Variant]]:
+    """Lists the cases beside the matrix, those of one strategy in one group."""
+    by_strategy = groupby(EXTRAS, lambda name: EXTRAS[name].strategy)
+    return [[Variant(name) for name in names] for _, names in by_strategy]
+
+
+def check(
+    groups: list[list[Variant]],
+    ranks: int,
+    *,
+    device: str,
+    steps: int,
+    minutes: float = math.inf,
+) -> list[Row]:
+    """Runs each group of variants in processes of its own; prints the rows as they come."""
     rows: list[Row] = []
+    began = time.monotonic()
     for kinds in groups:
         waiting = list(kinds)
+        if time.monotonic() - began > 60 * minutes:
+            rows += [Row(each, "skipped", f"no time left of {minutes:g} minutes") for each in kinds]
+            print(f"{'skipped':8}{kinds[0].case}: no time left of {minutes:g} minutes", flush=True)
+            continue
         while waiting:
             done, trouble = launch(waiting, ranks, device=device, steps=steps)
             del waiting[: len(done)]
-            if waiting:  # the ranks are gone: what comes after it is trained by others
+            if waiting:  # the ranks are gone: new ranks train the other variants
                 done.append(Row(waiting.pop(0), "failed", trouble or "it ended without a result"))
             elif trouble:
                 done[-1] = replace(done[-1], status="failed", why=trouble)
@@ -110,7 +115,7 @@ def check(groups: list[list[Variant]], ranks: int, *, device: str, steps: int) -
 def launch(
     waiting: list[Variant], ranks: int, *, device: str, steps: int
 ) -> tuple[list[Row], str | None]:
-    """The rows of the variants that ran to an end, and what stopped the next one, if anything."""
+    """Rows of the variants that ended, and the error that stopped the next one, if any."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port, path = probe.getsockname()[1], Path(folder) / "rows.jsonl"
@@ -120,11 +125,12 @@ def launch(
         context = start_processes(  # type: ignore[no-untyped-call]
             work, (ranks, port, waiting, device, steps, path), nprocs=ranks, join=False
         )
-        deadline = time.monotonic() + SECONDS
+        limit = EXTRA_SECONDS if waiting[0].case in EXTRAS else SECONDS
+        deadline = time.monotonic() + limit
         try:
             while not context.join(timeout=max(0.1, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
-                    trouble = f"no end after {SECONDS} s"
+                    trouble = f"no end after {limit} s"
                     break
         except (ProcessRaisedException, ProcessExitedException) as error:
             trouble = str(error).strip()
@@ -145,7 +151,7 @@ def work(
     steps: int,
     path: Path,
 ) -> None:
-    """One rank: trains the variants one after the other; rank 0 compares and writes rows."""
+    """Trains the variants one after the other on one rank; rank 0 compares and writes rows."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -155,19 +161,22 @@ def work(
         MASTER_PORT=str(port),
     )
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the group is nccl's
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise the process group would use nccl
         torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    where = str(distributed.init())
-    plain = parity.plain_loop(steps, device=device) if rank == 0 else None
+    where = distributed.init(MINUTES)
+    matrix = any(variant.case in CASES for variant in waiting)
+    plain = parity.plain_loop(steps, device=device) if rank == 0 and matrix else None
     for variant in waiting:
         began = time.perf_counter()
         if why := reason_to_skip(variant, cuda=device == "cuda"):
             row = Row(variant, "skipped", why)
+        elif variant.case in EXTRAS:
+            row = answered(variant, EXTRAS[variant.case].run(where))
         else:
             trained = parity.train(
-                variant.case, variant.checkpointing, steps, where, **sections(variant)
+                variant.case, variant.checkpointing, steps, str(where), **sections(variant)
             )
             row = compared(variant, trained, plain) if plain else Row(variant, "ok")
         if rank == 0:
@@ -177,15 +186,24 @@ def work(
     distributed.shutdown()
 
 
+def answered(variant: Variant, wrong: str | None) -> Row:
+    """Puts together what every rank found wrong; every rank calls this."""
+    said = distributed.gather_lists([f"rank {distributed.rank()}: {wrong}"] if wrong else [])
+    return Row(variant, "failed" if said else "ok", "; ".join(said))
+
+
 def sections(variant: Variant) -> dict[str, dict[str, Any]]:
-    """What a variant changes in the configuration of its case."""
+    """Sections that a variant changes in the configuration of its case."""
     train = {"precision": variant.precision}
     return {"train": train, "sharding": {"syncbn": variant.syncbn}}
 
 
 def reason_to_skip(variant: Variant, *, cuda: bool) -> str | None:
-    """Why a variant cannot be had on this machine; None if it can."""
-    case, ranks = CASES[variant.case], distributed.world_size()
+    """Reason why a variant cannot run on this machine; None if it can."""
+    name = EXTRAS[variant.case].strategy if variant.case in EXTRAS else variant.case
+    if name is None:
+        return None
+    case, ranks = CASES[name], distributed.world_size()
     module = MODULES.get(case.strategy)
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
@@ -195,7 +213,7 @@ def reason_to_skip(variant: Variant, *, cuda: bool) -> str | None:
     config = parity.configuration(case, variant.checkpointing, **changes)
     with tempfile.TemporaryDirectory() as nvme:
         try:
-            check_sharding(
+            check_run(
                 config,
                 parity.ds_config(case, config, nvme),
                 world_size=ranks,
@@ -208,7 +226,7 @@ def reason_to_skip(variant: Variant, *, cuda: bool) -> str | None:
 
 
 def compared(variant: Variant, trained: parity.Result, plain: parity.Result) -> Row:
-    """Holds a training against the plain loop in float32."""
+    """Compares a training with the plain loop in float32."""
     parameters, buffers = parity.worst_tensor(trained.tensors, plain.tensors)
     differences = {
         "loss": parity.worst_loss(trained.losses, plain.losses),
@@ -232,48 +250,25 @@ def compared(variant: Variant, trained: parity.Result, plain: parity.Result) -> 
 # ------------------------------------------------------------------------------- the command
 
 
-def figures(row: Row) -> str:
-    """The differences in two digits, or why there are none."""
-    shown = [f"{name} {value:.1e}" for name, value in row.differences.items()]
-    if row.skipped_steps:
-        shown.append(f"{row.skipped_steps} steps skipped by the loss scale")
-    return "; ".join(shown) if shown else row.why.splitlines()[-1]
-
-
-def report(rows: list[Row]) -> int:
-    """Prints the table and, last, what failed; the exit status."""
-    header = ["case", "recompute", "precision", "syncbn", "result", "differences", "s"]
-    cells = [
-        [*asdict(row.variant).values(), row.status, figures(row), f"{row.seconds:.0f}"]
-        for row in rows
-    ]
-    print(f"\n{record.markdown(header, cells)}")
-    failed = [row for row in rows if row.status == "failed"]
-    done = sum(row.status == "ok" for row in rows)
-    skipped = len(rows) - done - len(failed)
-    print(f"{done} as they should be, {skipped} skipped, {len(failed)} failed")
-    for row in failed:
-        print(f"FAILED {row.variant}: {row.why}")
-    return 1 if failed or not done else 0
-
-
 def usable_ranks(gpus: int) -> int:
-    """The most GPUs that the matrix's batch divides over."""
+    """Largest number of GPUs that divides the batch of the matrix."""
     return max(n for n in range(1, gpus + 1) if parity.BATCH % n == 0)
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--steps", type=int, default=parity.STEPS)
+    parser.add_argument("--minutes", type=float, default=BUDGET_MINUTES)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA GPU here, nothing was checked; on CPU the matrix is `make parity`")
         return 0
     ranks = usable_ranks(torch.cuda.device_count())
     print(f"{record.in_words(record.environment())}\n{ranks} ranks, nccl", flush=True)
-    rows = check(variants(options.cases), ranks, device="cuda", steps=options.steps)
+    groups = extra_variants() + variants(options.cases)
+    rows = check(groups, ranks, device="cuda", steps=options.steps, minutes=options.minutes)
     content = {
         "ranks": ranks,
         "steps": options.steps,

@@ -1,10 +1,12 @@
-"""Kills a random rank of a run again and again; the run has to resume by itself and lose no sample.
+"""Kills random ranks of a run again and again, and checks that the run loses no sample.
 
+    make kill
     python benchmarks/kill.py [--kills 20] [--steps 600]
 
-One `torchrun --max-restarts` with `--resume auto`. A third of the kills comes in the middle of a
-save, a third at any moment, starting up included, a third after some steps. At the end the ordered
-list of sample ids and the losses have to be those of a run that nobody disturbed.
+Starts one `torchrun --max-restarts` with `--resume auto`. A third of the kills comes in the middle
+of a save, a third at any moment (start-up included), a third after some steps. At the end the
+ordered sample ids and the losses must equal those of an undisturbed run. Results are printed; the
+exit status is 1 if they differ.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ MOMENTS = ("saving", "any", "training")
 
 
 def command(images: Path, run_dir: Path, *, steps: int, ranks: int, restarts: int) -> list[str]:
-    """A run under torchrun that goes on by itself."""
+    """Command of a run under torchrun that resumes by itself."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
         *("--master-port", str(free_port()), "--max-restarts", str(restarts)),
@@ -42,7 +44,7 @@ def command(images: Path, run_dir: Path, *, steps: int, ranks: int, restarts: in
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
-    """rank -> process id of the launcher's workers that are there now."""
+    """Finds the launcher's workers: rank -> process id."""
     found = {}
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         try:
@@ -56,7 +58,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 
 
 def steps_done(run_dir: Path) -> int:
-    """The last step in the run's records."""
+    """Last step in the run's records."""
     try:
         return int(lines(run_dir)[-1]["step"])
     except (FileNotFoundError, IndexError, ValueError):
@@ -64,12 +66,12 @@ def steps_done(run_dir: Path) -> int:
 
 
 def saving(run_dir: Path) -> bool:
-    """Whether a checkpoint is being written just now."""
+    """Whether a checkpoint is being written now."""
     return any((run_dir / "checkpoints").glob(".step_*.partial/rank_*"))
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
-    """Waits for a condition; False if the run ended before."""
+    """Waits for a condition; returns False if the run ended before."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None:
@@ -83,7 +85,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 def kill_one(
     process: subprocess.Popen[bytes], run_dir: Path, moment: str, rng: random.Random
 ) -> str | None:
-    """Waits for a moment and kills a rank; what was done, or None if the run has ended."""
+    """Waits for a moment and kills a rank; says what was done, or None if the run has ended."""
     if not wait_until(lambda: len(ranks_of(process.pid)) > 0, process):
         return None
     before = steps_done(run_dir)
@@ -107,7 +109,7 @@ def kill_one(
 
 
 def main() -> int:
-    """Prints every kill and the verdict; 1 if a sample was lost, repeated or out of order."""
+    """Prints every kill and the verdict; returns 1 if samples or losses differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=600)

@@ -1,4 +1,4 @@
-"""What reading and augmenting an image costs: `launch/data.py bench` kept, with table and plot.
+"""The cost of reading and augmenting an image: saves `launch/data.py bench` with table and plot.
 
 Photographs in three sizes; this loader, torchvision's transforms on Pillow and lightly's.
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
 
+from benchmarks import loader_rates as bench
 from benchmarks import record
-from seer_scale.data import bench
-from seer_scale.data.bench_pipelines import Crops
+from benchmarks.loader_pipelines import Crops
 
 COMMAND = "python benchmarks/loader.py"
 DOCUMENT = record.ROOT / "docs" / "data.md"

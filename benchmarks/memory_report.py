@@ -1,4 +1,4 @@
-"""What `make bench-memory` has measured as tables and a plot in docs/."""
+"""Writes the results of `make bench-memory` into docs/sharding.md, with a plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DOCUMENT = record.ROOT / "docs" / "sharding.md"
 PLOT = record.ROOT / "docs" / "images" / "memory.png"
 MIB, GIB = 2**20, 2**30
 KINDS = ("parameters", "gradients", "optimizer")
-# Okabe and Ito's colours, which the colour-blind tell apart; in print the hatches do.
+# Colours of Okabe and Ito (2008) for colour-blind readers; hatches for print.
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 HATCHES = ("", "///", "...")
 STATE = """\
@@ -55,7 +55,7 @@ def write(content: dict[str, Any]) -> None:
 
 
 def largest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every strategy and number of ranks the rank that holds most, in the order of the rows."""
+    """Picks the rank that holds most, per strategy and number of ranks, in the order of rows."""
     most: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         key = (row["strategy"], row["ranks"])
@@ -70,7 +70,7 @@ def total(held: dict[str, float]) -> float:
 
 
 def state_table(rows: Sequence[dict[str, Any]]) -> str:
-    """MiB on the rank that holds most."""
+    """Writes a table of MiB on the rank that holds most."""
     lines = []
     for row in largest(rows):
         measured, expected = row["measured"], row["expected"]
@@ -90,7 +90,7 @@ def state_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def activation_table(modes: Sequence[dict[str, Any]]) -> str:
-    """GiB at the peak of a step, and its time relative to no recomputation."""
+    """Writes a table of GiB at the peak of a step, and its time relative to no recomputation."""
     lines = [
         [
             f"`{mode['mode']}`",
@@ -107,7 +107,7 @@ def activation_table(modes: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(content: dict[str, Any]) -> None:
-    """State per rank as stacked bars with the formula's marks; activations beside them."""
+    """Draws state per rank as stacked bars with the formula's marks, beside activations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")

@@ -1,7 +1,11 @@
-"""`make parity`: every strategy against a plain loop, as a table with the differences measured.
+"""Measures the largest difference of every strategy from a plain torch loop on CPU (gloo).
 
-The cases and the plain loop are those of harness/parity.py. On CPU with gloo; the same on
-GPUs is `make gpu-check`.
+    make parity
+    python benchmarks/parity.py [--no-docs]
+
+Cases and plain loop are those of harness/parity.py. `make gpu-check` is the same on
+GPUs. Results go into benchmarks/results/, and the tables into docs/sharding.md unless `--no-docs`
+is given.
 """
 
 from __future__ import annotations
@@ -30,16 +34,16 @@ from harness.pool import Pool
 COMMAND = "make parity"
 DOCUMENT = record.ROOT / "docs" / "sharding.md"
 WORLD_SIZES = (1, 2, 4)
-SECONDS = 1500  # offload to NVMe takes minutes
+SECONDS = 1500  # per case; offload to NVMe takes minutes
 
 
 def main() -> int:
-    """Runs the matrix and the world sizes, writes JSON and the tables; 0 if all is within 1e-4."""
+    """Runs matrix and world sizes, writes JSON and tables; returns 0 if all agree to 1e-4."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", nargs="*", default=list(CASES), metavar="CASE", help="these cases"
+        "--only", nargs="*", default=list(CASES), metavar="CASE", help="cases to run"
     )
-    parser.add_argument("--no-docs", action="store_true", help="leave docs/sharding.md as it is")
+    parser.add_argument("--no-docs", action="store_true", help="do not change docs/sharding.md")
     arguments = parser.parse_args()
     plain = plain_loop()
     pools = {size: Pool(size) for size in WORLD_SIZES}
@@ -70,7 +74,7 @@ def main() -> int:
 def compare(
     name: str, size: int, checkpointing: str, result: Result, plain: Result, ddp: Result
 ) -> dict[str, Any]:
-    """Largest differences to the plain loop, and to DDP on as many ranks."""
+    """Largest differences from the plain loop, and from DDP on as many ranks."""
     parameters, buffers = worst_tensor(result.tensors, plain.tensors)
     row = {
         "case": name,
@@ -102,7 +106,7 @@ def write_tables(rows: list[dict[str, Any]]) -> None:
 
 
 def figures(row: dict[str, Any]) -> list[str]:
-    """The differences, two digits; what is equal to the last bit says so."""
+    """Writes the differences with two digits, or that all bits are equal."""
     to_ddp = max(row["loss_to_ddp"], row["parameters_to_ddp"])
     last = f"{row['loss_to_ddp']:.1e}" if to_ddp else "equal to the last bit"
     return [f"{row[key]:.1e}" for key in ("loss", "parameters", "buffers")] + [last]

@@ -1,6 +1,6 @@
-"""What people would otherwise train SwAV with: a plain loop on torchvision, and lightly's modules.
+"""Contenders of `make bench`: SwAV as a plain loop on torchvision, and with lightly's modules.
 
-Written as a careful user of those libraries would, to be timed beside this project.
+Each is written as a careful user of these libraries would write it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Step = Callable[[Sequence[Tensor]], Tensor]
 
 
 def torchvision_trunk(model: MultiCropModel, name: str) -> nn.Module:
-    """torchvision's RegNet of these sizes, the model's weights in it; pooled features as output."""
+    """Builds torchvision's RegNet with the model's weights; its output are pooled features."""
     stages = TRUNKS[name].stages
     sizes = BlockParams(
         depths=[stage.depth for stage in stages],
@@ -40,7 +40,7 @@ def torchvision_trunk(model: MultiCropModel, name: str) -> nn.Module:
 
 
 class PlainModel(nn.Module):
-    """SwAV's network by its authors' recipe: crops of one size together, one pass of the head."""
+    """SwAV's network by its authors' code: crops of one size together, one pass of the head."""
 
     def __init__(self, model: MultiCropModel, name: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PlainModel(nn.Module):
 
 @torch.no_grad()
 def plain_sinkhorn(scores: Tensor) -> Tensor:
-    """Codes [B, K] of scores [B, K], as SwAV's authors balance them: on exponentials."""
+    """Computes codes [B, K] of scores [B, K] on exponentials, as SwAV's published code does."""
     codes = torch.exp(scores / EPSILON).t()  # [K, B]
     world = dist.get_world_size()
     prototypes, samples = codes.shape[0], codes.shape[1] * world
@@ -87,7 +87,7 @@ def plain_sinkhorn(scores: Tensor) -> Tensor:
 def plain_step(
     model: MultiCropModel, name: str, *, crops: int, autocast: bool = False
 ) -> tuple[Step, DistributedDataParallel]:
-    """torchvision's RegNet, DDP, autocast, SwAV's loss crop by crop, LARC tensor by tensor."""
+    """Builds the plain step: torchvision's RegNet, DDP, autocast, SwAV's loss, LARC by tensor."""
     device = next(model.parameters()).device
     own = PlainModel(model, name).to(device).train()
     wrapped = DistributedDataParallel(own, device_ids=[device] if device.type == "cuda" else None)
@@ -121,7 +121,7 @@ def plain_step(
 
 @torch.no_grad()
 def _larc(parameters: Sequence[Tensor]) -> None:
-    """LARC on the gradients, tensor by tensor and with clipping off, as Apex writes it."""
+    """Applies LARC to the gradients, tensor by tensor without clipping, as Apex does."""
     for parameter in parameters:
         grad = parameter.grad
         assert grad is not None
@@ -134,9 +134,12 @@ def _larc(parameters: Sequence[Tensor]) -> None:
 def lightly_step(
     model: MultiCropModel, name: str, *, crops: int, autocast: bool = False
 ) -> tuple[Step, DistributedDataParallel]:
-    """lightly's head, prototypes and loss in the loop of its documentation, and DDP.
+    """Builds a step with lightly's head, prototypes and loss, as in its documentation, and DDP.
 
-    Its head has a BatchNorm that SEER's has not. Raises ImportError without lightly.
+    lightly's head has a BatchNorm, which SEER's head does not have.
+
+    Raises:
+        ImportError: if lightly is not installed.
     """
     from lightly.loss import SwaVLoss
     from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes

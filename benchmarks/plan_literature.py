@@ -1,6 +1,9 @@
-"""`launch/plan.py` against what has been published of such runs: the table of docs/planner.md.
+"""Compares planned times and memory with published figures.
 
-One constant is fitted, the V100's efficiency, on one figure; every other line is a prediction.
+    python benchmarks/plan_literature.py [--write]
+
+One constant, the efficiency of the V100, is fitted to one figure; every other line is a prediction.
+`--write` puts the table into docs/planner.md.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
 
 from benchmarks import record
-from seer_scale.planner import Plan, load_hardware, plan
+from seer_scale.performance.hardware import load_hardware
+from seer_scale.planner import Plan, plan
 
 COMMAND = "python benchmarks/plan_literature.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"
@@ -23,19 +27,19 @@ SEER_MS, SEER_BATCH, SEER_STEPS = 6125.0, 8704, 114_890
 # As published: six crops padded to 160 pixels in one pass.
 PADDED = ("data.crop_sizes=[160]", "data.crop_counts=[6]")
 FULL = ("sharding.activation_checkpointing=full", "sharding.checkpoint_groups=null")
-# The first half of 18 blocks, nearly: stages 1 and 2 are six of them, nine cannot be named.
+# Nearly half of the 18 blocks: stages 1 and 2 have six; keys cannot name exactly nine.
 HALF = ("sharding.activation_checkpointing=groups", "sharding.checkpoint_groups=[[2],[4],[],[]]")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A published figure and the planner's.
+    """A published figure beside the planner's.
 
     Attributes:
-        what: in words.
-        published: with its unit.
-        predicted: with its unit.
-        off: of the prediction from the figure, in words.
+        what: description of the figure.
+        published: published figure with its unit.
+        predicted: planned figure with its unit.
+        off: deviation of the prediction, in words.
     """
 
     what: str
@@ -45,13 +49,13 @@ class Line:
 
 
 def against(what: str, published: float, predicted: float, unit: str, digits: int = 0) -> Line:
-    """A line for two numbers."""
+    """Makes a line of two numbers."""
     off = f"{100 * (predicted / published - 1):+.0f} %"
     return Line(what, f"{published:,.{digits}f} {unit}", f"{predicted:,.{digits}f} {unit}", off)
 
 
 def seer() -> Plan:
-    """SEER's timed run: 64 nodes of 8 V100, 17 images each."""
+    """Plans SEER's timed run: 64 nodes of 8 V100, 17 images each."""
     return plan(
         "seer_256gf",
         "v100_32gb",
@@ -64,13 +68,13 @@ def seer() -> Plan:
 
 
 def fitted_efficiency(run: Plan) -> float:
-    """The share of the peak that makes SEER's step take what it took."""
+    """Share of the peak at which the planned step of SEER takes the published time."""
     computing = run.time.forward + run.time.backward + run.time.recompute
     return run.hardware.efficiency * computing / (SEER_MS / 1e3 - run.time.total + computing)
 
 
 def seer_lines(run: Plan) -> list[Line]:
-    """Of the run that the constant is fitted on."""
+    """Lines of the run that the constant is fitted to."""
     return [
         Line("SEER 256GF, ms of a step", f"{SEER_MS:,.0f}", f"{1e3 * run.time.total:,.0f}", "fit"),
         against("SEER 256GF, days for 1e9 images ('8 days')", 8.0, run.days, "d", 2),
@@ -79,7 +83,7 @@ def seer_lines(run: Plan) -> list[Line]:
 
 
 def fits(what: str, published: str, run: Plan) -> Line:
-    """A line on whether a run fits."""
+    """Makes a line that says whether a run fits."""
     gib = f"{run.memory.gib()['total']:.1f} of {run.hardware.usable_gib:.1f} GiB"
     predicted = "fits" if run.fits else "does not fit"
     agrees = "agrees" if predicted == published else "differs"
@@ -87,7 +91,7 @@ def fits(what: str, published: str, run: Plan) -> Line:
 
 
 def sixteen_gf(more: Sequence[str]) -> Plan:
-    """RegNetY-16GF with 16 images a rank, on a node of eight V100."""
+    """Plans RegNetY-16GF with 16 images a rank, on a node of eight V100."""
     return plan(
         "swav_in1k_regnety_16gf",
         "v100_32gb",
@@ -99,7 +103,7 @@ def sixteen_gf(more: Sequence[str]) -> Plan:
 
 
 def checkpointing_lines() -> list[Line]:
-    """VISSL's own figures for what recomputation saves and costs."""
+    """Lines of VISSL's figures for the savings and the cost of recomputation."""
     kept, half, full = sixteen_gf([]), sixteen_gf(HALF), sixteen_gf(FULL)
     gb = [run.memory.total / GB for run in (kept, half, full)]
     name = "RegNetY-16GF, 16 images"
@@ -125,7 +129,7 @@ def checkpointing_lines() -> list[Line]:
 
 
 def rg10b(nodes: int, gpus: int, strategy: str, images: int, *more: str, **other: str) -> Plan:
-    """RG-10B, on A100 of 40 GB unless `hardware` says otherwise."""
+    """Plans RG-10B, on A100 of 40 GB unless `hardware` names others."""
     return plan(
         "seer_rg10b",
         other.get("hardware", "a100_40gb"),
@@ -136,30 +140,15 @@ def rg10b(nodes: int, gpus: int, strategy: str, images: int, *more: str, **other
     )
 
 
-def as_published(what: str, published: str, run: Plan) -> Line:
-    """Whether a run fits that gathers in float16, as FairScale did.
-
-    The half copy that autocast makes here is what is gathered there: the float32 weights go.
-    """
-    gib = (run.memory.total - run.memory.gathered) / GIB
-    predicted = "fits" if gib <= run.hardware.usable_gib else "does not fit"
-    return Line(
-        f"{what}, its own engine",
-        published,
-        f"{predicted}: {gib:.1f} of {run.hardware.usable_gib:.1f} GiB",
-        "agrees" if predicted == published else "differs",
-    )
-
-
 def rg10b_lines() -> list[Line]:
-    """What RG-10B needs: published, and under this trainer's strategies."""
+    """Lines of RG-10B's memory: as published, and under the strategies of this trainer."""
     large, test = "RG-10B, 496 A100 x 16 images", "V100 of 32 GB x 4 images"
     eight = rg10b(1, 8, "fsdp", 4, *PADDED, hardware="v100_32gb")
     four = rg10b(1, 4, "fsdp", 4, *PADDED, hardware="v100_32gb")
     return [
-        as_published(large, "fits", rg10b(62, 8, "fsdp", 16, *PADDED)),
-        as_published(f"RG-10B, 8 {test} (VISSL's test)", "fits", eight),
-        as_published(f"RG-10B, 4 {test} ('8 are needed')", "does not fit", four),
+        fits(f"{large}, `fsdp`, padded", "fits", rg10b(62, 8, "fsdp", 16, *PADDED)),
+        fits(f"RG-10B, 8 {test} (VISSL's test), `fsdp`, padded", "fits", eight),
+        fits(f"RG-10B, 4 {test} ('8 are needed'), `fsdp`, padded", "does not fit", four),
         fits(f"{large}, `zero3`", "fits", rg10b(62, 8, "zero3", 16)),
         fits(f"{large}, `fsdp`, `full`", "fits", rg10b(62, 8, "fsdp", 16, *FULL)),
         fits(f"{large}, `fsdp`, the recipe's groups", "fits", rg10b(62, 8, "fsdp", 16)),
@@ -169,9 +158,9 @@ def rg10b_lines() -> list[Line]:
 
 
 def main() -> int:
-    """Prints the table; status 1 if the profile's efficiency is not the fitted one."""
+    """Prints the table; returns 1 if the profile's efficiency differs from the fitted one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/planner.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/planner.md")
     options = parser.parse_args()
     run = seer()
     fitted, stated = fitted_efficiency(run), load_hardware("v100_32gb").efficiency

@@ -1,9 +1,11 @@
-"""The planner's peak of a step against resident memory: sizes x strategies x recomputation.
+"""Measures the peak memory of a step on two gloo processes, beside the planner's prediction.
 
-On two gloo processes, as the trainer runs there. What is measured is what the fullest rank's
-resident memory rises by: over that of a process which has trained this very model and dropped it,
-to the highest of a later step. Code, oneDNN's compiled kernels and Python's objects are so left
-out, as they are in the plan, which counts them to the machine's `reserved_gib`.
+    python benchmarks/plan_memory.py [--write]
+
+Measured is the rise of resident memory of the fullest rank: from a process that has trained this
+model and dropped it, to the highest moment of a later step. So code, oneDNN's compiled kernels and
+Python's objects do not count, and the plan leaves them out too (`reserved_gib` of the hardware
+profile stands for them). `--write` puts the results into benchmarks/results/ and docs/planner.md.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 import torch.distributed as dist
 
 from benchmarks import record
-from benchmarks.memory import CPU, build_engine, forward_and_backward
-from benchmarks.memory import STRATEGIES as SHARDING
+from harness.engines import CPU, build_engine, forward_and_backward
+from harness.engines import STRATEGIES as SHARDING
 from harness.pool import Pool
 from harness.resident import resident_bytes
 from seer_scale.config.recipe import parse
@@ -39,7 +41,7 @@ COMMAND = "python benchmarks/plan_memory.py --write"
 DOCUMENT = record.ROOT / "docs" / "planner.md"
 RECIPE = "swav_in1k_regnety_16gf"
 OVERRIDES = (
-    *("run.dir=unused", "data.path=unused", "tracking.enabled=false", "train.precision=fp32"),
+    *("run.dir=unused", "data.path=unused", "tracking.enabled=false"),
     *("data.crop_sizes=[128,64]", "data.crop_counts=[2,4]", "model.head_dims=[512,128]"),
     "sharding.sync_bn_group_size=1",  # the same tensors, without a collective in every layer
 )
@@ -58,15 +60,15 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration.
+    """Predicted and measured memory of one configuration.
 
     Attributes:
-        trunk: of `TRUNKS`.
-        images: per rank.
-        strategy: of `planner.plan.STRATEGIES`.
-        mode: of recomputation.
-        predicted: bytes.
-        measured: bytes.
+        trunk: name of the trunk.
+        images: images per rank.
+        strategy: a key of `planner.plan.STRATEGIES`.
+        mode: value of `sharding.activation_checkpointing`.
+        predicted: bytes by the planner.
+        measured: bytes on the fullest rank.
     """
 
     trunk: str
@@ -78,13 +80,13 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        """Of the prediction to the measurement."""
+        """Ratio of the prediction to the measurement."""
         return self.predicted / self.measured
 
 
-def cells(trunk: str, images: int, strategy: str) -> list[Cell]:
-    """With every mode, one after the other in the same new processes."""
-    lines = {mode: overrides(trunk, images, mode) for mode in MODES}
+def cells(trunk: str, images: int, strategy: str, precision: str = "fp32") -> list[Cell]:
+    """Measures every mode of recomputation, one after the other in the same new processes."""
+    lines = {mode: overrides(trunk, images, mode, precision) for mode in MODES}
     with patch.dict(os.environ, ENVIRONMENT), closing(Pool(RANKS)) as pool:
         measured = {}
         for mode, line in lines.items():
@@ -96,25 +98,26 @@ def cells(trunk: str, images: int, strategy: str) -> list[Cell]:
     ]
 
 
-def overrides(trunk: str, images: int, mode: str) -> list[str]:
-    """Of the recipe."""
+def overrides(trunk: str, images: int, mode: str, precision: str) -> list[str]:
+    """Overrides of the recipe."""
     return [
         *OVERRIDES,
         f"model.trunk={trunk}",
+        f"train.precision={precision}",
         f"train.micro_batch_size={images}",
         f"sharding.activation_checkpointing={mode}",
     ]
 
 
 def predicted(strategy: str, line: Sequence[str]) -> float:
-    """Bytes of a rank."""
+    """Bytes of a rank by the planner."""
     found = plan(RECIPE, "cpu", nodes=1, gpus_per_node=RANKS, strategy=strategy, overrides=line)
     return found.memory.total
 
 
 def rise(arguments: Sequence[str]) -> int:
-    """Bytes that this rank's resident memory rises by; every rank calls it."""
-    config = parse(arguments, recipes=record.ROOT / "launch" / "recipes").config
+    """Measures the bytes by which this rank's resident memory rises; every rank calls it."""
+    config = parse(arguments, recipes=record.ROOT / "launch" / "recipes", ranks=1).config
     engine = trained(config, 1)
     if hasattr(engine, "_engine"):
         engine._engine.destroy()
@@ -130,7 +133,7 @@ def rise(arguments: Sequence[str]) -> int:
 
 
 def trained(config: Any, steps: int) -> Any:
-    """An engine that has made some steps."""
+    """Builds an engine and takes some steps."""
     engine, _ = build_engine(config)
     for _ in range(steps):
         step(engine, config)
@@ -138,20 +141,20 @@ def trained(config: Any, steps: int) -> Any:
 
 
 def step(engine: Any, config: Any) -> None:
-    """One, on crops in the format that the trainer gives them."""
+    """Takes one step, on crops in the trainer's memory format."""
     memory_format = build.memory_format_of(config.train.memory_format, CPU)
     forward_and_backward(engine, config, memory_format)
     engine.step()
 
 
 def settle() -> None:
-    """Gives back to the system what nobody uses."""
+    """Returns unused memory to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def table(found: Sequence[Cell]) -> str:
-    """MiB on the fullest rank."""
+    """Writes a table of MiB on the fullest rank."""
     head = ["trunk", "images", "strategy", "recompute", "MiB predicted", "MiB measured", "ratio"]
     rows = [
         [
@@ -164,9 +167,11 @@ def table(found: Sequence[Cell]) -> str:
 
 
 def main() -> int:
-    """Measures and prints; status 1 if a cell is more than a tenth off."""
+    """Measures and prints; returns 1 if a prediction is more than a tenth off."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/ and benchmarks/results/")
+    parser.add_argument(
+        "--write", action="store_true", help="write into docs/ and benchmarks/results/"
+    )
     options = parser.parse_args()
     found: list[Cell] = []
     for strategy, (trunk, images) in itertools.product(STRATEGIES, SIZES):

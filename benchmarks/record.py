@@ -1,4 +1,4 @@
-"""How a measurement is kept: a JSON file with hardware and versions, and a table in the docs."""
+"""Keeps a measurement: a JSON file with hardware and versions, and a table in the docs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """The installed version of every package, None of those that are not there."""
+    """Finds the installed version of every package; None if a package is not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -46,7 +46,7 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
 
 
 def in_words(env: dict[str, Any]) -> str:
-    """One line: what the numbers of a table were measured on."""
+    """Writes the environment of a measurement in one line."""
     where = " + ".join(env["gpus"]) or f"{env['cpu']}, {env['cores']} cores"
     packages = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
     return f"{where}; Python {env['python']}, {packages}"
@@ -64,16 +64,16 @@ def save(name: str, command: str, content: dict[str, Any]) -> Path:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Writes a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
 
 
 def put_into(document: Path, marker: str, text: str) -> None:
-    """Replaces what stands between `<!-- marker -->` and `<!-- /marker -->` in a document.
+    """Replaces the text between `<!-- marker -->` and `<!-- /marker -->` in a document.
 
     Raises:
-        ValueError: if the document has no such pair of markers.
+        ValueError: if the document does not have both markers.
     """
     before, opening, rest = document.read_text().partition(f"<!-- {marker} -->\n")
     _, closing, after = rest.partition(f"<!-- /{marker} -->")

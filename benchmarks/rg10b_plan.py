@@ -1,8 +1,12 @@
-"""RG-10B on 64 ranks without one of them: what is gathered together, what each rank holds.
+"""Measures what each of 64 ranks holds of RG-10B, without 64 ranks.
+
+    make rg10b-plan
+    python benchmarks/rg10b_plan.py [--ranks RANKS] [--show RANK ...]
 
 Some ranks are built for real, each in a process of its own, by the project's own `shard()` on
-torch's fake process group, which has any number of ranks and talks to none. What is printed is read
-off their tensors.
+torch's fake process group, which has any number of ranks and sends nothing. The printed bytes are
+those of their tensors. With default options, results go into benchmarks/results/ and
+docs/sharding.md.
 """
 
 from __future__ import annotations
@@ -10,9 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, pairwise
@@ -23,59 +26,62 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from benchmarks import record  # noqa: E402
+from harness.fake_ranks import fake_ranks  # noqa: E402
 from harness.resident import resident_bytes  # noqa: E402
 from seer_scale.config import RunConfig  # noqa: E402
 from seer_scale.config.recipe import parse  # noqa: E402
 from seer_scale.models import seeded_values  # noqa: E402
 from seer_scale.optim.slices import local  # noqa: E402
-from seer_scale.parallel.engine import Engine, shard  # noqa: E402
+from seer_scale.parallel.engine import Engine  # noqa: E402
 from seer_scale.parallel.fsdp import unit_parameters  # noqa: E402
+from seer_scale.parallel.precision import gathered_as  # noqa: E402
 from seer_scale.train import build  # noqa: E402
+from seer_scale.train.build_engine import engine_of  # noqa: E402
 
 COMMAND = "make rg10b-plan"
 TRUNK, RANKS, SHOWN = "rg_10b", 64, (0, 1, 31, 63)
-LIMIT_GIB = 2.0  # of real memory, for building one rank
+LIMIT_GIB = 2.0  # resident memory that building one rank may need
 GIB = 2**30
 FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered together, without those of units inside it.
+    """Parameters that are gathered together, without those of units inside the unit.
 
     Attributes:
-        name: of the module.
-        tensors: their number.
+        name: name of the module.
+        tensors: number of parameter tensors.
         parameters: elements of the whole tensors.
         here: elements that the rank holds.
+        gathered: bytes of the whole tensors, as they are gathered.
     """
 
     name: str
     tensors: int
     parameters: int
     here: int
+    gathered: int
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank as built, in bytes.
+    """One rank as built; memory in bytes.
 
     Attributes:
-        rank: its number.
-        parameters: its slices of the weights; those of the gradient are as large once all exist.
-        momentum: its slices of that.
-        buffers: of BatchNorm, which every rank holds whole.
-        imports: real memory of the process before anything was built.
-        peak: most real memory of the process.
-        seconds: of CPU for building, initial values included.
+        rank: number of the rank.
+        parameters: the rank's slices of the weights; all gradients together are as large.
+        momentum: the rank's slices of the momentum.
+        buffers: BatchNorm's buffers, which every rank holds whole.
+        imports: resident memory of the process before building.
+        peak: peak resident memory of the process.
+        seconds: CPU seconds of building, initial values included.
         units: the wrapping plan.
-        gathered: bytes of whole weights at one time of a forward pass, at most.
-        recomputed: bytes of whole weights of the largest region that is recomputed.
+        gathered: largest bytes of whole weights at one time of a forward pass.
+        recomputed: bytes of whole weights of the largest recomputed region.
     """
 
     rank: int
@@ -91,35 +97,27 @@ class Rank:
 
 
 def configuration(trunk: str, *more: str) -> RunConfig:
-    """RG-10B's recipe under strategy fsdp, with another trunk if that is wanted."""
-    arguments = ["--recipe", "seer_rg10b", f"model.trunk={trunk}", "sharding.strategy=fsdp", *more]
-    return parse(arguments, recipes=ROOT / "launch" / "recipes").config
-
-
-@contextmanager
-def fake_ranks(ranks: int, rank: int) -> Iterator[None]:
-    """Inside, this process is one of so many that do not exist."""
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    """Resolves RG-10B's recipe under strategy fsdp, with a given trunk."""
+    one = "train.gradient_accumulation=1"
+    keys = (f"model.trunk={trunk}", "sharding.strategy=fsdp", one, *more)
+    arguments = ["--recipe", "seer_rg10b", *keys]
+    return parse(arguments, recipes=ROOT / "launch" / "recipes", ranks=1).config
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """What a training builds on this rank, on the CPU: its slices with their initial values."""
+    """Builds a training's engine on this rank on the CPU: slices with their initial values."""
     source = partial(seeded_values, seed=config.run.seed)
-    return shard(partial(build.model_of, config), source, config, None, torch.device("cpu"))
+    return engine_of(config, source, None, torch.device("cpu"))
 
 
 def measure(trunk: str, ranks: int, rank: int) -> Rank:
-    """Builds a rank with its momentum; call it in a fresh process, whose peak memory it reads."""
+    """Builds a rank with its momentum; needs a fresh process, whose peak memory counts."""
     imports = resident_bytes("VmHWM")
     config = configuration(trunk)
     with fake_ranks(ranks, rank):
         began = time.process_time()
         engine = build_engine(config)
-        momentum = sum(part.momentum.numel() for part in engine.slices())  # made when first seen
+        momentum = sum(part.momentum.numel() for part in engine.slices())  # created by the access
         seconds = time.process_time() - began
         model = engine.model
         return Rank(
@@ -131,42 +129,53 @@ def measure(trunk: str, ranks: int, rank: int) -> Rank:
             peak=resident_bytes("VmHWM"),
             seconds=seconds,
             units=tuple(units_of(model, config)),
-            gathered=FLOAT * gathered_at_once(model, config),
-            recomputed=FLOAT * largest_region(model.blocks(), config),  # type: ignore[operator]
+            gathered=gathered_at_once(model, config),
+            recomputed=largest_region(model, config),
         )
 
 
 def measure_alone(trunk: str, ranks: int, shown: list[int]) -> list[Rank]:
-    """`measure` of several ranks, one after the other and each in a process of its own."""
+    """Calls `measure` for several ranks, one after the other, each in a process of its own."""
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         return list(pool.map(partial(measure, trunk, ranks), shown))
 
 
+def gathered_bytes(model: nn.Module, config: RunConfig) -> Callable[[nn.Parameter], int]:
+    """Returns the function from a parameter to the bytes of the whole tensor, gathered."""
+    low = gathered_as(
+        config.sharding.strategy, config.train.precision, compiled=config.train.compile
+    )
+    layers = model.low_precision_layers() if low else []  # type: ignore[operator]
+    in_low = {p for layer in layers for p in layer.parameters(recurse=False)}
+    return lambda p: p.numel() * (low.itemsize if low and p in in_low else FLOAT)
+
+
 def units_of(model: nn.Module, config: RunConfig) -> Iterator[Unit]:
-    """The sharded units of a model, in the order that `shard_units` got them, the rest last."""
+    """Lists the sharded units of a model in the order of `shard_units`, the rest last."""
     modules = model.units(config.sharding.unit_parameters)  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
-    parts = unit_parameters(model, modules)
+    parts, size = unit_parameters(model, modules), gathered_bytes(model, config)
     for module, part in zip([*modules, model], parts, strict=True):
         yield Unit(
             name=names[module] or "(the stem)",
             tensors=len(part),
             parameters=sum(parameter.numel() for parameter in part),
             here=sum(local(parameter.detach()).numel() for parameter in part),
+            gathered=sum(size(parameter) for parameter in part),
         )
 
 
 def gathered_at_once(model: nn.Module, config: RunConfig) -> int:
-    """Most parameters that are whole on a rank at one time of a forward pass.
+    """Largest bytes of whole weights on a rank at one time of a forward pass.
 
-    A unit is whole from its start, or from the start of the unit that gathers it ahead, to its end,
-    and the units around it are whole meanwhile.
+    A unit is whole from its start, or from the start of the unit that gathers it ahead, to its end.
+    Outer units are whole during that time.
     """
     modules = model.units(config.sharding.unit_parameters)  # type: ignore[operator]
-    parts = unit_parameters(model, modules)
+    parts, size = unit_parameters(model, modules), gathered_bytes(model, config)
     sizes = {
-        module: sum(parameter.numel() for parameter in part)
+        module: sum(size(parameter) for parameter in part)
         for module, part in zip([*modules, model], parts, strict=True)
     }
     ahead = {
@@ -181,7 +190,7 @@ def gathered_at_once(model: nn.Module, config: RunConfig) -> int:
         if module in sizes:
             whole.update([module, *ahead.get(module, [])])
             most = max(most, sum(sizes[each] for each in whole))
-        for child in module.children():  # blocks and their layers are registered as they run
+        for child in module.children():  # registered in the order of execution
             run(child)
         whole.discard(module)
 
@@ -189,10 +198,12 @@ def gathered_at_once(model: nn.Module, config: RunConfig) -> int:
     return most
 
 
-def largest_region(blocks: Sequence[Sequence[nn.Module]], config: RunConfig) -> int:
-    """Parameters of the blocks that are recomputed as one region: FSDP2 gathers them and frees none
-    before its turn in the backward pass comes.
+def largest_region(model: nn.Module, config: RunConfig) -> int:
+    """Bytes of the weights of the largest region of recomputed blocks, gathered.
+
+    FSDP2 gathers all blocks of a region and frees each in its turn of the backward pass.
     """
+    blocks, size = model.blocks(), gathered_bytes(model, config)  # type: ignore[operator]
     regions: list[Sequence[nn.Module]] = []
     if config.sharding.checkpoint_groups is None:
         regions = [[block] for stage in blocks for block in stage]
@@ -200,20 +211,20 @@ def largest_region(blocks: Sequence[Sequence[nn.Module]], config: RunConfig) -> 
         for stage, ends in zip(blocks, config.sharding.checkpoint_groups, strict=True):
             bounds = [0, *sorted({min(end, len(stage)) for end in (*ends, len(stage))})]
             regions += [stage[a:b] for a, b in pairwise(bounds) if ends]
-    return max(sum(p.numel() for b in region for p in b.parameters()) for region in regions)
+    return max(sum(size(p) for b in region for p in b.parameters()) for region in regions)
 
 
 # ------------------------------------------------------------------------------- the tables
 
 
 def unit_table(units: tuple[Unit, ...], rank: int) -> str:
-    """The wrapping plan; neighbours of equal size share a row."""
+    """Writes the wrapping plan as a table; neighbours of equal size share a row."""
     rows = []
     for _, run in groupby(units, key=lambda unit: (unit.parameters, unit.tensors)):
         first, *others = list(run)
         name = f"`{first.name}`" + (f" ... `{others[-1].name}`" if others else "")
         count = f"{1 + len(others)} x " if others else ""
-        gib = f"{first.parameters * FLOAT / GIB:.3f}"
+        gib = f"{first.gathered / GIB:.3f}"
         here = f"{first.here * FLOAT / 2**20:.2f}"
         rows.append([name, f"{count}{first.tensors}", f"{first.parameters:,}", gib, here])
     head = ["unit", "tensors", "parameters", "GiB gathered", f"MiB on rank {rank}"]
@@ -221,7 +232,7 @@ def unit_table(units: tuple[Unit, ...], rank: int) -> str:
 
 
 def rank_table(ranks: list[Rank]) -> str:
-    """GiB of float32 on each rank, and what building it took."""
+    """Writes a table of each rank's GiB of float32, and the memory and seconds of building."""
     rows = []
     for each in ranks:
         kinds = [each.parameters, each.parameters, each.momentum, each.buffers]
@@ -232,7 +243,7 @@ def rank_table(ranks: list[Rank]) -> str:
 
 
 def describe(trunk: str, ranks: int, measured: list[Rank]) -> str:
-    """Both tables and the facts beside them, as Markdown."""
+    """Writes both tables and the text around them as Markdown."""
     first = measured[0]
     total = sum(unit.parameters for unit in first.units)
     largest = max(first.units, key=lambda unit: unit.parameters)
@@ -242,7 +253,7 @@ def describe(trunk: str, ranks: int, measured: list[Rank]) -> str:
         f"float32), over {ranks} ranks: {total * FLOAT / ranks / GIB:.3f} GiB each if they "
         "divided evenly.\n\n"
         f"{unit_table(first.units, first.rank)}\n"
-        f"- The largest unit is `{largest.name}`, {largest.parameters * FLOAT / GIB:.2f} GiB.\n"
+        f"- The largest unit is `{largest.name}`, {largest.gathered / GIB:.2f} GiB.\n"
         f"- Weights gathered at once in a forward pass, units ahead included: at most "
         f"{first.gathered / GIB:.2f} GiB.\n"
         f"- The largest region that is recomputed has {first.recomputed / GIB:.2f} GiB of weights, "
@@ -257,18 +268,18 @@ def describe(trunk: str, ranks: int, measured: list[Rank]) -> str:
 
 
 def largest_layer(trunk: str) -> int:
-    """Parameters of the largest module that has any itself."""
+    """Parameters of the largest layer."""
     model = build.model_of(configuration(trunk), torch.device("meta"))
     own = (sum(p.numel() for p in layer.parameters(recurse=False)) for layer in model.modules())
     return max(own)
 
 
 def main() -> int:
-    """Prints the plan; status 1 if a rank took more memory than it may."""
+    """Prints the plan; returns 1 if a rank needed too much memory."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trunk", default=TRUNK, help="of seer_scale.models.TRUNKS")
-    parser.add_argument("--ranks", type=int, default=RANKS, help="of the fake process group")
-    parser.add_argument("--show", type=int, nargs="+", default=SHOWN, help="the ranks to build")
+    parser.add_argument("--trunk", default=TRUNK, help="name in seer_scale.models.TRUNKS")
+    parser.add_argument("--ranks", type=int, default=RANKS, help="ranks of the fake process group")
+    parser.add_argument("--show", type=int, nargs="+", default=SHOWN, help="ranks to build")
     options = parser.parse_args()
     measured = measure_alone(options.trunk, options.ranks, list(options.show))
     text = describe(options.trunk, options.ranks, measured)

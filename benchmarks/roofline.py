@@ -1,6 +1,8 @@
-"""The roofline of one step, on paper: operations, bytes between them, collectives; by the planner.
+"""Computes the roofline of one step by the planner: operations, bytes and collectives of a rank.
 
-python benchmarks/roofline.py [--write]
+    python benchmarks/roofline.py [--write]
+
+Nothing is timed. `--write` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ CASES = (
 
 
 def column(recipe: str, hardware: str, precision: str) -> tuple[str, list[str]]:
-    """What one rank does in a step."""
+    """Makes the column of a case: operations, bytes and seconds of a rank in a step."""
     found: Plan = plan(
         recipe,
         hardware,
@@ -35,9 +37,9 @@ def column(recipe: str, hardware: str, precision: str) -> tuple[str, list[str]]:
         gpus_per_node=PER_NODE,
         overrides=[f"train.precision={precision}"],
     )
-    config, time = found.config, found.time
-    images = config.train.micro_batch_size
-    moved = images * sum(traffic(TRUNKS[config.model.trunk], config, found.recomputed))
+    batch, time = found.batch, found.time
+    images = batch.micro_batch_size
+    moved = images * sum(traffic(TRUNKS[found.model.trunk], batch, found.recomputed))
     done = images * (found.flops.training + found.flops.recompute)
     sent = {kind: size / 2**30 for kind, size in found.bytes_per_step.items() if size}
     terms = {
@@ -80,9 +82,9 @@ ROWS = (
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table; --write also puts it into the document."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/performance.md")
     given = parser.parse_args()
     titles, columns = zip(*(column(*case) for case in CASES), strict=True)
     rows = [list(row) for row in zip(ROWS, *columns, strict=True)]

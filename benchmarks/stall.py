@@ -1,11 +1,13 @@
-"""How long a save holds up the training: asynchronous against blocking, at regnety_16gf's size.
+"""Measures how long a save delays the training: asynchronous saves beside blocking ones.
 
+    make stall
     python benchmarks/stall.py [--trunk regnety_16gf] [--write]
 
-One process on the CPU trains the plain model. The delay of an asynchronous save is all the time by
-which the steps until its end took longer than as many undisturbed ones, the copy included. Measured
-with a core left free, as training on a GPU leaves many, and with training on all cores: there the
+One process on the CPU trains the plain model. The delay of an asynchronous save is the extra time
+of all steps until the save ends, the copy included, compared with as many undisturbed steps. With
+one core left free, as training on a GPU leaves many, and with training on all cores: there the
 disk's own work counts too, where a hypervisor does it with this machine's processors (steal).
+`--write` puts the results into benchmarks/results/ and docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -28,15 +30,16 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import record  # noqa: E402
 from seer_scale.checkpoint import Saver  # noqa: E402
 from seer_scale.models import build_model, initialise  # noqa: E402
-from seer_scale.optim.slice_sgd import SliceSGD, parameter_groups  # noqa: E402
+from seer_scale.optim.groups import parameter_groups  # noqa: E402
+from seer_scale.optim.slice_sgd import SliceSGD  # noqa: E402
 from seer_scale.performance.host_memory import keep_freed_memory  # noqa: E402
 
-STEPS_OF_A_WINDOW = 3  # at least; a save's window goes on until the files are on the disk
+STEPS_OF_A_WINDOW = 3  # minimum; a save's window lasts until the files are on the disk
 TRIMMED = 0.1
 
 
 class Training:
-    """Steps of a model and its optimizer on random images, and saves of them."""
+    """A model and its optimizer on random images: steps, and saves."""
 
     def __init__(self, trunk: str, root: Path, *, batch: int, size: int) -> None:
         self.model = build_model(trunk, head_dims=[256, 64], head_batch_norm=False, prototypes=300)
@@ -51,7 +54,7 @@ class Training:
         self.step_number = 0
 
     def step(self) -> float:
-        """Seconds of one step."""
+        """Takes one step; returns its seconds."""
         began = time.perf_counter()
         _, scores = self.model(self.crops)
         scores.square().mean().backward()
@@ -62,12 +65,12 @@ class Training:
         return time.perf_counter() - began
 
     def window(self) -> float:
-        """Seconds of several steps."""
+        """Takes several steps; returns their seconds."""
         return sum(self.step() for _ in range(STEPS_OF_A_WINDOW))
 
     def save(self, *, urgent: bool) -> float:
-        """Starts a save; seconds until the training may go on."""
-        self.step_number += 1  # two checkpoints of one step would both stay
+        """Starts a save; returns the seconds until the training may go on."""
+        self.step_number += 1  # two checkpoints of one step would both be kept
         began = time.perf_counter()
         self.saver.save(
             step=self.step_number,
@@ -83,15 +86,15 @@ class Training:
 
 
 def measure(training: Training, repeats: int) -> list[dict[str, float]]:
-    """Windows of steps, in turn undisturbed and with a save; then a blocking save.
+    """Measures windows of steps, in turn undisturbed and with a save; then a blocking save.
 
-    The undisturbed time that a save's window is held against is the mean of the one before it and
-    the one after it, so that a machine that slowly gets slower cancels out. A window is no longer
-    than a save needs: nothing is left to be written afterwards, and each step adds noise.
+    A window with a save is compared with the mean of the undisturbed windows before and after it,
+    so that a machine that slowly gets slower cancels out. A window lasts as long as a save: later
+    steps would only add noise.
     """
     for _ in range(3):
         training.step()
-    training.save(urgent=True)  # takes the host memory that later ones reuse
+    training.save(urgent=True)  # allocates the host memory that later saves reuse
     training.saver.wait()
     training.saver.outcomes()
     found: list[dict[str, float]] = []
@@ -129,10 +132,10 @@ def measure(training: Training, repeats: int) -> list[dict[str, float]]:
 
 
 def delay_of(found: list[dict[str, float]]) -> tuple[float, float]:
-    """Mean delay without the outermost tenths at both ends, and its standard error, in seconds.
+    """Mean delay and its standard error in seconds, without the largest and smallest tenths.
 
-    One window differs from the next by more than the delay on a shared machine: the mean of many
-    says something, a single one nothing, and neither does one that another tenant slowed down.
+    On a shared machine, one window differs from the next by more than the delay, so only the mean
+    of many windows tells it. The tenths that are left out are windows that other tenants disturbed.
     """
     delays = np.array([case["delay"] for case in found])
     mean = scipy.stats.trim_mean(delays, TRIMMED)
@@ -140,13 +143,13 @@ def delay_of(found: list[dict[str, float]]) -> tuple[float, float]:
 
 
 def stolen_seconds() -> float:
-    """Processor time so far that a hypervisor gave to somebody else, over all cores."""
+    """Processor seconds of all cores so far that the hypervisor gave to other machines."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def column(found: list[dict[str, float]]) -> tuple[list[str], float]:
-    """A column of the table, and the delay as a share of a blocking save."""
+    """Makes a column of the table; also returns the delay as a share of a blocking save."""
     middle = {key: statistics.median(case[key] for case in found) for key in found[0]}
     delay, error = delay_of(found)
     share = delay / middle["blocking"]
@@ -176,16 +179,20 @@ ROWS = (
 
 
 def main() -> int:
-    """Prints the table; 1 if the delay is a tenth or more of a blocking save with a core free."""
+    """Prints the table; returns 1 if the delay with a free core is >= 10 % of a blocking save."""
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trunk", default="regnety_16gf")
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8, help="a step longer than a save")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="images per step; a step must be longer than a save"
+    )
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[max(1, cores - 1), cores])
-    parser.add_argument("--folder", default=str(ROOT / "runs"), help="on the disk to be measured")
-    parser.add_argument("--write", action="store_true", help="into docs/checkpoints.md")
+    parser.add_argument(
+        "--folder", default=str(ROOT / "runs"), help="folder on the disk to measure"
+    )
+    parser.add_argument("--write", action="store_true", help="write into docs/checkpoints.md")
     given = parser.parse_args()
     Path(given.folder).mkdir(parents=True, exist_ok=True)
     keep_freed_memory()  # as launch/pretrain.py does

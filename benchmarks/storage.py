@@ -1,9 +1,10 @@
-"""What torch.distributed.checkpoint with Hugging Face storage would cost, beside the rank files.
+"""Measures time and memory of torch.distributed.checkpoint beside the project's rank files.
 
     python benchmarks/storage.py [--gib 1]
 
-One rank's slices: flat float32 tensors, saved blocking, then loaded by halves as another number of
-ranks would. Each way in a process of its own, so that its peak memory is its own.
+Saves one rank's slices, flat float32 tensors, blocking; then loads them by halves, as another
+number of ranks would. torch.distributed.checkpoint writes Hugging Face's format. Each way runs in a
+process of its own, so that its peak memory is its own. Results are printed.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import record  # noqa: E402
 
-ELEMENTS = 1 << 24  # of a tensor: 64 MiB
+ELEMENTS = 1 << 24  # per tensor: 64 MiB
 
 
 def slices(gib: float) -> dict[str, Tensor]:
-    """Tensors of together `gib` GiB."""
+    """Makes tensors of `gib` GiB in total."""
     count = max(1, int(gib * 2**30 / (ELEMENTS * 4)))
     return {f"layer{index}": torch.full((ELEMENTS,), float(index)) for index in range(count)}
 
 
 def peak_gib() -> float:
-    """Most memory of this process so far, mapped files included."""
+    """Peak memory of this process in GiB, mapped files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def ours(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
-    """Seconds to save and to load with the rank files; the save makes a checksum."""
+    """Measures the seconds to save, with a checksum, and to load rank files."""
     from seer_scale.storage.tensor_file import Kind, TensorFile, write_tensors
 
     kinds = {key: Kind.of(value) for key, value in state.items()}
@@ -56,7 +57,7 @@ def ours(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
 
 
 def dcp(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
-    """The same with torch.distributed.checkpoint."""
+    """Measures the seconds to save and to load with torch.distributed.checkpoint."""
     from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
     from torch.distributed.checkpoint.hf_storage import (
         HuggingFaceStorageReader,
@@ -66,19 +67,19 @@ def dcp(state: dict[str, Tensor], folder: Path) -> tuple[float, float]:
     began = time.perf_counter()
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     state_dict_saver.save(state, storage_writer=writer, no_dist=True)
-    for path in folder.iterdir():  # it leaves that to the system
+    for path in folder.iterdir():  # DCP does not fsync its files
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
     saved = time.perf_counter()
-    # A whole tensor: of a plain one DCP loads no part.
+    # A whole tensor: DCP cannot load a part of a plain tensor.
     reader = HuggingFaceStorageReader(str(folder))
     state_dict_loader.load(state, storage_reader=reader, no_dist=True)
     return saved - began, time.perf_counter() - saved
 
 
 def measure(way: str, gib: float, folder: str) -> None:
-    """Runs in a process of its own; prints JSON."""
+    """Measures one way; runs in a process of its own and prints JSON."""
     state = slices(gib)
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -91,7 +92,9 @@ def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0)
-    parser.add_argument("--folder", default=str(ROOT / "runs"), help="on the disk to be measured")
+    parser.add_argument(
+        "--folder", default=str(ROOT / "runs"), help="folder on the disk to measure"
+    )
     parser.add_argument("--way", choices=["ours", "dcp"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.way:

@@ -1,8 +1,9 @@
-"""A training step of this project beside what people would otherwise write.
+"""Measures a training step of this project beside the contenders of `benchmarks/peers.py`.
 
-Same weights, crops, batch and precision. Every contender is a process of its own, since what this
-project sets for a process (how the C library keeps memory) would be there for the others too; their
-steps take turns, so that a machine that gets slower does so for all.
+Weights, crops, batch and precision are the same. Every contender is a process of its own, since
+process settings of this project (how the C library keeps memory) would otherwise apply to all.
+Steps take turns, so that a machine that slows down does so for all. `benchmarks/bench.py` runs this
+and keeps the results.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import peers
-from benchmarks.memory import build_engine, configuration
+from harness.engines import build_engine, configuration
 from seer_scale.config import RunConfig
 from seer_scale.distributed.ports import free_port
 from seer_scale.models import build_model, initialise
@@ -36,13 +37,13 @@ OURS, CHECKPOINTED, PLAIN, LIGHTLY = "seer-scale", "seer-scale, recomputing", "p
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train.
+    """The result of one way to train.
 
     Attributes:
-        name: of the table.
-        seconds: of an image, median over the steps; one step is `batch` images.
-        memory: most bytes that a step makes, gradients among them, and the buckets of DDP.
-        loss: of the first step.
+        name: name in the table.
+        seconds: seconds per image, median over the steps; one step has `batch` images.
+        memory: peak bytes that a step allocates: activations, gradients and DDP's buckets.
+        loss: loss of the first step.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Contender:
 
 
 def our_step(config: RunConfig, device: torch.device | None = None) -> peers.Step:
-    """What the trainer does between two batches, from float crops in torch's usual format."""
+    """Builds the trainer's step, from float crops in torch's usual memory format."""
     engine, _ = build_engine(config, device=device)
     apply_schedule(engine.param_groups, lr=peers.LR)
     objective = build_objective(
@@ -75,7 +76,7 @@ def our_step(config: RunConfig, device: torch.device | None = None) -> peers.Ste
 def in_turns(
     functions: Sequence[Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> list[float]:
-    """Median seconds of each of several functions that take turns, after some calls of each."""
+    """Measures the median seconds of functions that take turns, after some calls of each."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(warm_up):
         for function in functions:
@@ -89,7 +90,7 @@ def in_turns(
 
 
 def arguments(trunk: str, batch: int) -> tuple[str, ...]:
-    """The recipe that is timed: SwAV with LARC, 2x160+4x96."""
+    """Arguments of the timed recipe: SwAV with LARC, 2x160+4x96 pixels."""
     return (
         *(f"model.trunk={trunk}", f"train.micro_batch_size={batch}", "sharding.strategy=ddp"),
         *("data.crop_sizes=[160,96]", "data.crop_counts=[2,4]", "model.head_dims=[512,128]"),
@@ -109,7 +110,7 @@ def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
         else:
             workers[name], worker.loss = worker, loss
     memory = {name: int(worker.ask("memory")) for name, worker in workers.items()}
-    # A process's first steps find its memory: they say nothing of a training.
+    # The first steps of a process allocate its memory: they are not measured.
     seconds = in_turns([worker.step for worker in workers.values()], repeats, warm_up=6)
     for worker in workers.values():
         worker.end()
@@ -120,7 +121,7 @@ def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
 
 
 class Worker:
-    """A process that does one contender's steps when it is asked to."""
+    """A process that takes one contender's steps on request."""
 
     def __init__(self, name: str, trunk: str, batch: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -134,14 +135,14 @@ class Worker:
         self.loss = float("nan")
 
     def ask(self, order: str | None = None) -> float | str:
-        """The answer to an order; without one, what the process says of itself at first."""
+        """Sends an order and returns the answer; without an order, the process's first message."""
         if order:
             self._here.send(order)
-        answer: float | str = self._here.recv()  # EOFError if it has died
+        answer: float | str = self._here.recv()  # EOFError if the process has died
         return answer
 
     def step(self) -> None:
-        """One step."""
+        """Takes one step."""
         self.ask("step")
 
     def end(self) -> None:
@@ -167,7 +168,7 @@ def _serve(there: Connection, name: str, trunk: str, batch: int, threads: int) -
     there.send(float(step(images)))
     while (order := there.recv()) != "end":
         if order == "memory":
-            # In the format that each asks for, which the data loader makes of them in a run.
+            # In the memory format of each contender; in a run the data loader makes it.
             last = torch.channels_last if name in (OURS, CHECKPOINTED) else torch.contiguous_format
             formatted = [crop.contiguous(memory_format=last) for crop in images]
             there.send(step_bytes(step, formatted) + buckets)
@@ -177,29 +178,29 @@ def _serve(there: Connection, name: str, trunk: str, batch: int, threads: int) -
 
 
 def _step_of(name: str, trunk: str, batch: int) -> tuple[peers.Step, int]:
-    """A contender's step, and the bytes of DDP's buckets, which no operation makes."""
+    """Builds a contender's step; also returns the bytes of DDP's buckets."""
     if name in (OURS, CHECKPOINTED):
         keep_freed_memory()  # as launch/pretrain.py does
         mode = "full" if name == CHECKPOINTED else "none"
         options = arguments(trunk, batch)
         config = configuration(*options, f"sharding.activation_checkpointing={mode}")
-        return our_step(config), 0  # a rank alone needs no DDP
+        return our_step(config), 0  # a single rank needs no DDP
     model = build_model(trunk, head_dims=[512, 128], head_batch_norm=False, prototypes=3000)
-    initialise(model, 0)  # of seed 0, which is the recipe's
+    initialise(model, 0)  # seed 0, as in the recipe
     make = peers.plain_step if name == PLAIN else peers.lightly_step
     step, wrapped = make(model, trunk, crops=6)
     return step, bucket_bytes(wrapped)
 
 
 def bucket_bytes(wrapped: DistributedDataParallel) -> int:
-    """What DDP has made of buckets, which `LiveBytes` does not see."""
+    """Bytes of DDP's buckets, which `LiveBytes` does not see."""
     logged = wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
     sizes: str = logged["bucket_sizes"]
     return sum(map(int, sizes.split(", ")))
 
 
 def step_bytes(step: peers.Step, images: Sequence[Tensor]) -> int:
-    """Most bytes that a step makes and holds at once; weights and momentum are there before."""
+    """Peak bytes that a step allocates, beside weights and momentum."""
     with LiveBytes() as live:
         step(images)
     peak: int = live.peak()

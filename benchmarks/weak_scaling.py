@@ -1,8 +1,10 @@
-"""Predicted weak scaling of SEER's two largest models on H200: docs/images/weak_scaling.png.
+"""Predicts the weak scaling of SEER's two largest models on H200 by the planner.
 
-Efficiency is the time that computing alone would take over that of the step: what is lost is
-waiting for others, and an optimizer that steps what every rank holds. Images per rank stay the
-recipe's.
+    python benchmarks/weak_scaling.py [--write]
+
+Efficiency is the time of computing alone over the time of the step: the rest is waiting for other
+ranks, and an optimizer that steps what every rank holds. Images per rank are the recipe's.
+`--write` puts the table into docs/planner.md and draws docs/images/weak_scaling.png.
 """
 
 from __future__ import annotations
@@ -26,23 +28,23 @@ HARDWARE, PER_NODE = "h200_141gb", 8
 RANKS = tuple(2**power for power in range(3, 15))
 TABLED = (8, 64, 512, 2048, 16_384)
 RECIPES = ("seer_256gf", "seer_rg10b")
-GROUPS = (8, 64, 512, 0)  # 0: all
-FIXED_GROUP = 8  # ranks, where strategies are compared: a node's
+GROUPS = (8, 64, 512, 0)  # ranks; 0 means all
+FIXED_GROUP = 8  # ranks of a node; strategies are compared with this group
 FIXED_STRATEGY = {"seer_256gf": "ddp", "seer_rg10b": "hsdp"}
-# Okabe and Ito's colours, which the colour-blind tell apart; markers do so in print.
+# Colours of Okabe and Ito (2008) for colour-blind readers; markers for print.
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#999999", "#e69f00", "#d55e00", "#009e73")
 MARKERS = ("o", "s", "D", "x", "^", "v", "P")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One prediction.
+    """A prediction for a number of GPUs.
 
     Attributes:
-        ranks: GPUs.
-        efficiency: of computing alone.
-        fits: whether a rank has the memory.
-        images_per_second: of one rank.
+        ranks: number of GPUs.
+        efficiency: time of computing alone over the time of the step.
+        fits: whether the memory of a rank is enough.
+        images_per_second: images per second of one rank.
     """
 
     ranks: int
@@ -52,14 +54,17 @@ class Point:
 
 
 def point(recipe: str, strategy: str, group: int, ranks: int) -> Point:
-    """A prediction; a group larger than the world is the world."""
+    """Makes a prediction; a group larger than the world is the world."""
     found: Plan = plan(
         recipe,
         HARDWARE,
         nodes=ranks // PER_NODE,
         gpus_per_node=PER_NODE,
         strategy=strategy,
-        overrides=[f"sharding.sync_bn_group_size={0 if group >= ranks else group}"],
+        overrides=[
+            f"sharding.sync_bn_group_size={0 if group >= ranks else group}",
+            "train.gradient_accumulation=1",  # the recipe's images per rank, on any number of them
+        ],
     )
     time = found.time
     computing = time.forward + time.backward + time.recompute + time.memory_bound
@@ -68,7 +73,7 @@ def point(recipe: str, strategy: str, group: int, ranks: int) -> Point:
 
 
 def curves(recipe: str) -> dict[str, dict[str, list[Point]]]:
-    """By strategy at one group, and by group at one strategy."""
+    """Predicts curves by strategy at one group, and by group at one strategy."""
     fixed = FIXED_STRATEGY[recipe]
     return {
         "strategies": {
@@ -83,7 +88,7 @@ def curves(recipe: str) -> dict[str, dict[str, list[Point]]]:
 
 
 def table(found: dict[str, dict[str, dict[str, list[Point]]]]) -> str:
-    """Efficiencies in per cent; in brackets where the memory is too small."""
+    """Writes a table of efficiencies in per cent, in brackets where the memory is too small."""
     rows = []
     for recipe, kinds in found.items():
         for kind, by_name in kinds.items():
@@ -97,7 +102,7 @@ def table(found: dict[str, dict[str, dict[str, list[Point]]]]) -> str:
 
 
 def crossings(recipe: str, by_name: dict[str, list[Point]]) -> list[str]:
-    """At which size another strategy becomes the best of those that fit, in words."""
+    """Says at which number of GPUs another strategy becomes the fastest that fits."""
     lines: list[str] = []
     best = ""
     for index, ranks in enumerate(RANKS):
@@ -105,7 +110,7 @@ def crossings(recipe: str, by_name: dict[str, list[Point]]) -> list[str]:
         if not fitting:
             continue
         top = max(point.efficiency for point in fitting.values())
-        # Another one has to be better by more than a hundredth to be worth a mention.
+        # Another strategy is mentioned only if it is better by more than 1 %.
         if best in fitting and fitting[best].efficiency > top - 0.01:
             continue
         best = max(fitting, key=lambda name: fitting[name].efficiency)
@@ -117,7 +122,7 @@ def crossings(recipe: str, by_name: dict[str, list[Point]]) -> list[str]:
 
 
 def draw(found: dict[str, dict[str, dict[str, list[Point]]]]) -> None:
-    """Strategies on the left, SyncBatchNorm groups on the right; hollow: does not fit."""
+    """Draws strategies on the left, SyncBatchNorm groups on the right; hollow marks do not fit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -155,9 +160,9 @@ def _draw(axis: Any, by_name: dict[str, list[Point]], title: str) -> None:
 
 
 def main() -> int:
-    """Prints the table; with --write it and the plot go into docs/."""
+    """Prints the table; --write also puts table and plot into docs/."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/")
+    parser.add_argument("--write", action="store_true", help="write into docs/")
     options = parser.parse_args()
     found = {recipe: curves(recipe) for recipe in RECIPES}
     lines = [line for recipe in RECIPES for line in crossings(recipe, found[recipe]["strategies"])]

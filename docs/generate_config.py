@@ -14,21 +14,23 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from seer_scale.config import recipe, schema  # noqa: E402
+from seer_scale.config import command_line, schema  # noqa: E402
 from seer_scale.objectives.build import NOT_OPTIONS, OBJECTIVES  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 HEAD = """\
 # Every key
 
-Written by `python docs/generate_config.py` from `config/run_config.py`; do not edit it by hand.
+`python docs/generate_config.py` writes this page from the sections in `seer_scale/config/`; edit
+those, not this page.
 
-A run is configured by a recipe (`launch/recipes/*.yaml`: sections of keys) and by
-`section.key=value` on the command line, which wins; values are YAML. Nothing is converted silently
-and no unknown key is taken: a mistake ends in one sentence before anything else exists.
-`config.yaml` in a run's folder has all keys as they were, and `--recipe` reads it back.
+A recipe (`launch/recipes/*.yaml`: sections of keys) configures a run, and `section.key=value` on
+the command line overrides the recipe; values are YAML. Unknown keys and wrong types are refused:
+mistakes are reported in one sentence before anything starts. `config.yaml` in a run's folder holds
+all keys as they were, and `--recipe config.yaml` reads them back.
 
-"from the recipe" means that there is no default: a recipe has to say it. `null` is nothing."""
+"from the recipe" means that there is no default: the recipe sets the key. `null` means not set.
+"expert" marks keys that hardly anybody needs to change."""
 
 
 def page() -> str:
@@ -46,7 +48,7 @@ def page() -> str:
 
 def _row(key: str) -> tuple[str, str, str, str]:
     described = schema.key_schemas()[key]
-    return key, schema.allowed(described), recipe.default_of(key), described["description"]
+    return key, schema.allowed(described), command_line.default_of(key), described["description"]
 
 
 def _option_rows(constructor: Any) -> list[tuple[str, str, str, str]]:

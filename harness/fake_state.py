@@ -1,4 +1,4 @@
-"""What one of many ranks holds: bytes of the tensors of real engines on torch's fake group."""
+"""Bytes that one of many ranks holds: tensors of real engines on torch's fake process group."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import memory
-from benchmarks.rg10b_plan import fake_ranks
-from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from harness import engines
+from harness.fake_ranks import fake_ranks
+from seer_scale.config.ds_config import ds_config_of
+from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.optim.slices import local
-from seer_scale.parallel.engine import shard
 from seer_scale.parallel.fsdp import build_mesh, shard_units
 from seer_scale.train import build
+from seer_scale.train.build_engine import engine_of
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def configuration(strategy: str, shard_size: int, trunk: str) -> Any:
-    """The recipe of `benchmarks/memory.py` with another trunk."""
-    arguments = [a for a in memory.STRATEGIES[strategy] if "shard_size" not in a]
+    """The recipe of `harness/engines.py` with another trunk."""
+    arguments = [a for a in engines.STRATEGIES[strategy] if "shard_size" not in a]
     if strategy == "hsdp":
         arguments.append(f"sharding.shard_size={shard_size}")
-    return memory.configuration(*arguments, *memory.TINY, f"model.trunk={trunk}")
+    return engines.configuration(*arguments, *engines.TINY, f"model.trunk={trunk}")
 
 
 def engine_state(strategy: str, world: int, shard_size: int, trunk: str) -> list[int]:
@@ -35,17 +36,14 @@ def engine_state(strategy: str, world: int, shard_size: int, trunk: str) -> list
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     config = configuration(strategy, shard_size, trunk)
     model = build.model_of(config, META)
-    ds_config = None
-    if path := config.sharding.deepspeed_config:
-        raw = load_ds_config(memory.record.ROOT / path)
-        ds_config = resolve_ds_config(raw, path=path, config=config, world_size=world)
+    ds_config = ds_config_of(config, world)
     with fake_ranks(world, 0):
-        engine: Any = shard(lambda _: model, lambda _: _ones, config, ds_config, CPU)
-        memory.apply_schedule(engine.param_groups, lr=0.0)
-        memory.forward_and_backward(engine, config)
+        engine: Any = engine_of(config, lambda _: _ones, ds_config, CPU, model=lambda _: model)
+        apply_schedule(engine.param_groups, lr=0.0)
+        engines.forward_and_backward(engine, config)
         engine.step()
-        memory.forward_and_backward(engine, config)
-        return [_bytes(tensors) for tensors in memory.held_by(engine)]
+        engines.forward_and_backward(engine, config)
+        return [_bytes(tensors) for tensors in engines.held_by(engine)]
 
 
 def fake_tensor_state(strategy: str, world: int, shard_size: int, trunk: str) -> list[int]:

@@ -27,7 +27,7 @@ def write_images(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def arguments(data: Path | str, run_dir: Path, *more: str) -> list[str]:
+def arguments(data: Path | str, run_dir: Path | str, *more: str) -> list[str]:
     """`debug` on `data`, without tracking unless `more` says otherwise."""
     return [
         *("--recipe", "debug", f"data.path={data}", f"run.dir={run_dir}"),
@@ -40,39 +40,38 @@ def arguments(data: Path | str, run_dir: Path, *more: str) -> list[str]:
 def run_job(argv: list[str]) -> int:
     """What launch/pretrain.py does, inside a process group that exists; returns the last step."""
     from seer_scale import distributed
-    from seer_scale.train import attempts
+    from seer_scale.train import build
 
     parts = parts_of(argv)
-    attempts.train(**parts, warn=print)
+    build.train(**parts, warn=print)
     config = parts["config"]
-    return lines(Path(config.run.dir))[-1]["step"] if distributed.is_main() else config.train.steps
+    return int(
+        lines(Path(config.run.dir))[-1]["step"] if distributed.is_main() else config.train.steps
+    )
 
 
 def open_trainer(argv: list[str], device: Any = None) -> Trainer:
     """The trainer of a job, to be closed by the caller; on this rank's device unless given."""
-    from seer_scale.train.trainer import Trainer
+    from seer_scale.train import build
 
-    return Trainer(**parts_of(argv, device))
+    return build.trainer_of(**parts_of(argv, device))
 
 
 def parts_of(argv: list[str], device: Any = None) -> dict[str, Any]:
     """A trainer's arguments."""
     from seer_scale import checkpoint, distributed
-    from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+    from seer_scale.config.ds_config import ds_config_of
     from seer_scale.config.recipe import parse
     from seer_scale.data import open_source
-    from seer_scale.parallel.compatibility import check_sharding
+    from seer_scale.train.build_engine import check_run
 
-    parsed = parse(argv, recipes=RECIPES)
-    config, ds_config = parsed.config, None
-    if (path := config.sharding.deepspeed_config) is not None:
-        ds_config = resolve_ds_config(
-            load_ds_config(path), path=path, config=config, world_size=distributed.world_size()
-        )
+    parsed = parse(argv, recipes=RECIPES, ranks=distributed.world_size())
+    config = parsed.config
+    ds_config = ds_config_of(config, distributed.world_size())
     candidates = checkpoint.choose(parsed.resume, Path(config.run.dir))
     device = device or distributed.init()
 
-    check_sharding(
+    check_run(
         config,
         ds_config,
         world_size=distributed.world_size(),

@@ -22,7 +22,9 @@ from seer_scale.models import MultiCropModel, build_model, initialise, seeded_va
 from seer_scale.objectives.swav import SwAV
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.optim.slices import buffers_without_padding
-from seer_scale.parallel.engine import PROTOTYPES, Engine, shard
+from seer_scale.parallel.build_optimizer import PROTOTYPES
+from seer_scale.parallel.engine import Engine
+from seer_scale.train.build_engine import engine_of
 
 STEPS, BATCH, FROZEN = 20, 8, 5
 # Calm: at a high rate, or with BatchNorm in the head too, the rounding of another order of sums
@@ -82,6 +84,7 @@ class Result:
 
 
 def build(device: torch.device | str) -> MultiCropModel:
+    """Builds the model of every case, without values."""
     return build_model(
         "regnety_debug", head_dims=[32, D], head_batch_norm=False, prototypes=K, device=device
     )
@@ -152,6 +155,7 @@ def plain_loop(
                 if name == "prototypes.weight" and step < FROZEN and mistake != "frozen":
                     continue
                 half = len(p) // 2 if mistake == "larc" else 0
+                assert p.grad is not None
                 g, p_norm, g_norm = p.grad, p[half:].norm(), p.grad[half:].norm()
                 squares += float(g_norm) ** 2
                 if p_norm > 0 and g_norm > 0:
@@ -160,9 +164,9 @@ def plain_loop(
                 if mistake == "momentum" and step == FROZEN:
                     momenta.pop(name, None)
                 m = momenta[name] = MOMENTUM * momenta.get(name, torch.zeros_like(p)) + g
-                p -= LR * m
+                p.sub_(LR * m)
                 if name == "prototypes.weight" and mistake != "rows":
-                    p /= p.norm(dim=1, keepdim=True)
+                    p.div_(p.norm(dim=1, keepdim=True))
         losses.append(loss.item())
         norms.append(squares**0.5)
     return Result(losses, norms, {k: v.detach().cpu() for k, v in model.state_dict().items()})
@@ -214,12 +218,19 @@ def ds_config(case: Case, config: RunConfig, nvme: str) -> dict[str, Any] | None
         if zero.get(section, {}).get("device") == "nvme":
             zero[section] = {**zero[section], "nvme_path": nvme}
     raw = {"zero_optimization": zero, "steps_per_print": 10**9}
-    return resolve_ds_config(raw, path="case", config=config, world_size=dist.world_size())
+    return resolve_ds_config(
+        raw,
+        path="case",
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        world_size=dist.world_size(),
+    )
 
 
 def build_engine(
     case: Case, config: RunConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Engine:
+    """Builds the engine of a case on this rank; every rank calls it."""
     nvme = dist.broadcast_object(tempfile.mkdtemp(prefix="nvme"))
     zero = ds_config(case, config, nvme)
 
@@ -227,7 +238,7 @@ def build_engine(
         model = build(where)  # whose fake twin, of a budget, cannot be cast
         return model if dtype == torch.float32 else model.to(dtype)
 
-    return shard(of_type, SOURCE, config, zero, device)
+    return engine_of(config, SOURCE, zero, device, model=of_type)
 
 
 def my_crops(step: int, device: torch.device, part: int = 0, parts: int = 1) -> list[Tensor]:

@@ -1,23 +1,23 @@
-"""Shared fixtures: a pool of gloo processes in which a function runs on every rank at once."""
+"""Processes that share a gloo group; a function runs on every rank at once."""
 
 from __future__ import annotations
 
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import pytest
-
 from seer_scale.distributed.ports import free_port
 
+# What the fixture `distributed` is: (function, world_size, *args) -> results by rank.
+Distributed = Callable[..., list[Any]]
 SECONDS = 180  # a rank that answers no sooner hangs in a collective
-SLOW_SECONDS = 1500  # in tests marked slow
 
-# Read by torch at import; more threads than cores make multi-process tests slower.
+# Read by torch at import; more threads than cores make multi-process tests slower. What
+# `make test-processors` sets holds for the ranks as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -29,12 +29,11 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
     )
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("gloo")
     while (job := pipe.recv()) is not None:
         function, args = job
@@ -61,6 +60,12 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, seconds: float = SECONDS) -> list[Any]:
+        """Runs `function(*args)` on every rank; returns the results by rank.
+
+        Raises:
+            AssertionError: with the traceback of a rank that raised.
+            TimeoutError: with the ranks that did not answer within `seconds`.
+        """
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
@@ -71,42 +76,15 @@ class Pool:
             if not ready:
                 silent = sorted(set(range(len(self.pipes))) - results.keys())
                 raise TimeoutError(f"ranks {silent} did not answer within {seconds} s")
-            for pipe in ready:
-                rank = self.pipes.index(pipe)
-                good, value = pipe.recv()
+            for rank in [rank for rank, pipe in enumerate(self.pipes) if pipe in ready]:
+                good, value = self.pipes[rank].recv()
                 if not good:  # the others may wait for it in a collective
                     raise AssertionError(f"rank {rank} raised:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
+        """Kills all ranks."""
         for process in self.processes:
             process.kill()
             process.join()
-
-
-@pytest.fixture(scope="session")
-def _pools() -> Iterator[dict[int, Pool]]:
-    pools: dict[int, Pool] = {}
-    yield pools
-    for pool in pools.values():
-        pool.close()
-
-
-@pytest.fixture
-def distributed(
-    _pools: dict[int, Pool], request: pytest.FixtureRequest
-) -> Callable[..., list[Any]]:
-    """`distributed(function, world_size, *args)` -> what the function returned on each rank."""
-    seconds = SLOW_SECONDS if request.node.get_closest_marker("slow") else SECONDS
-
-    def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        pool = _pools.get(world_size) or _pools.setdefault(world_size, Pool(world_size))
-        try:
-            return pool.run(function, *args, seconds=seconds)
-        except BaseException:
-            # The other ranks may wait in a collective that will never end.
-            _pools.pop(world_size).close()
-            raise
-
-    return run

@@ -72,7 +72,7 @@ def starting_point(run_dir: Path) -> Any:
     from seer_scale.models import initialise
     from seer_scale.train import build
 
-    config = parse(["--recipe", str(run_dir / "config.yaml")], recipes=ROOT).config
+    config = parse(["--recipe", str(run_dir / "config.yaml")], recipes=ROOT, ranks=1).config
     model = build.model_of(config, torch.device("cpu"))
     initialise(model, config.run.seed)
     return model.trunk.eval()

@@ -1,31 +1,36 @@
-"""Mistakes that a user can mend: one sentence each, an exit status, no traceback.
+"""Mistakes that a user can correct: one sentence each, an exit status, no traceback.
 
-Everything else (a bug, a broken machine) stays an ordinary exception with its traceback.
+Everything else (a bug, a broken machine) stays an ordinary exception with a traceback.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-# A run that a signal stopped has saved and wants to be started again with --resume auto
-# (EX_TEMPFAIL of sysexits.h); one that lost a rank wants the same, and has not saved.
+# A run that a signal stopped has saved; start it again with --resume auto (EX_TEMPFAIL of
+# sysexits.h). A run that lost a rank needs the same, and has not saved.
 REQUEUE_STATUS = 75
 LOST_RANK_STATUS = 76
+# Batch systems send the first two before they take a job's machines away.
+REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, *REQUEUE_SIGNALS)
 LONGEST = 1500  # characters of a sentence
 
 
 class UserError(Exception):
-    """A mistake outside the program; its message is the whole sentence the user sees."""
+    """A mistake outside the program; the message is the whole sentence that the user sees."""
 
     exit_status = 1
 
     def __str__(self) -> str:
-        """One line that a terminal may show, whatever the key or the name in it holds."""
+        """The message on one line, with unprintable characters escaped."""
         text = "".join(
             char if char.isprintable() else repr(char)[1:-1] for char in super().__str__()
         )
@@ -33,7 +38,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A wrong key, value or combination; found before any process group or model exists."""
+    """A wrong key, value or combination, found before any process group or model exists."""
 
     exit_status = 2
 
@@ -46,11 +51,30 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, half written or belongs to another model."""
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """Prints the sentence on standard error and leaves with the error's status.
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ': did you mean a or b?', or '' if no known name resembles `name`."""
+    near = difflib.get_close_matches(name, list(known), n=2)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
-    Ranks usually find the same mistake at the same time. The others give rank 0 a moment to say it
-    for all and are ended by the launcher meanwhile; a mistake that only they see, they say.
+
+def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns 'did you mean a? ' and `otherwise` as a sentence, or `otherwise` alone."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    if not near:
+        return otherwise
+    return f"did you mean {near[0]}? {otherwise[0].upper()}{otherwise[1:]}"
+
+
+def examples(names: Sequence[str], most: int = 3) -> str:
+    """Returns the first names as a list in a sentence, with `...` if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Prints the sentence on standard error and exits with the error's status.
+
+    Ranks usually find the same mistake at the same time. Other ranks wait for a moment, so that
+    rank 0 prints for all and the launcher ends them; then they print their own mistake.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":

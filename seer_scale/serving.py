@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +26,7 @@ from seer_scale import __version__
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.models import build_trunk
 from seer_scale.preprocessing import MEAN, STD
+from seer_scale.storage.atomic import replaced_folder
 from seer_scale.storage.tensor_file import (
     Fill,
     Kind,
@@ -34,12 +34,13 @@ from seer_scale.storage.tensor_file import (
     from_tensors,
     stamp,
     stream_tensors,
-    sync,
 )
 
 WEIGHTS = "trunk.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+USUAL_SIZE = 224  # pixels; the side of the large crops that SEER is pretrained on
+_SERVED = "__pyfunc_model_path__"  # variable that MLflow sets in the processes of a model's server
 
 
 def export_trunk(
@@ -49,7 +50,7 @@ def export_trunk(
     trunk: str,
     **metadata: Any,
 ) -> Path:
-    """Writes a trunk's tensors and what is needed to rebuild it; a killed export leaves no half.
+    """Writes a trunk's tensors and its configuration; a killed export leaves no half.
 
     Args:
         model_or_state: a trunk, or its state_dict, whole tensors on any device.
@@ -62,24 +63,15 @@ def export_trunk(
     """
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     folder = Path(folder)
-    fresh = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
     kinds = {name: Kind.of(tensor) for name, tensor in state.items()}
-    write_trunk(
-        fresh,
-        kinds,
-        from_tensors(kinds, lambda name: state[name].detach().cpu().contiguous()),
-        trunk=trunk,
-        **metadata,
-    )
-    if folder.exists():
-        old = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(fresh, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(fresh, folder)
+    with replaced_folder(folder) as fresh:
+        write_trunk(
+            fresh,
+            kinds,
+            from_tensors(kinds, lambda name: state[name].detach().cpu().contiguous()),
+            trunk=trunk,
+            **metadata,
+        )
     return folder
 
 
@@ -91,7 +83,9 @@ def write_trunk(
     trunk: str,
     **metadata: Any,
 ) -> dict[str, Stamp]:
-    """The two files of `export_trunk`, into a folder, one tensor in memory at a time.
+    """Writes the two files of `export_trunk` into a folder, one tensor in memory at a time.
+
+    The caller puts the folder on the disk and in its place, as `storage.atomic` does.
 
     Args:
         folder: made here unless it is there.
@@ -123,8 +117,6 @@ def write_trunk(
     named = {"format": "pt", "seer_scale_format": str(FORMAT), "trunk": trunk}
     weights = stream_tensors(folder / WEIGHTS, kinds, fill, named)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    sync(folder / CONFIG)
-    sync(folder)
     return {WEIGHTS: weights, CONFIG: stamp(folder / CONFIG)}
 
 
@@ -139,7 +131,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
         form = int(config["format"])
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no exported trunk: it has no {CONFIG}") from None
+        raise CheckpointError(f"{folder} is not an exported trunk: it has no {CONFIG}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); export the trunk again") from None
     if form > FORMAT:
@@ -158,7 +150,7 @@ def load_trunk(folder: Path | str) -> nn.Module:
     trunk = str(read_config(folder)["trunk"])
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no exported trunk: it has no {WEIGHTS}")
+        raise CheckpointError(f"{folder} is not an exported trunk: it has no {WEIGHTS}")
     try:
         # A copy: tensors in the file are not aligned as torch aligns its own, so kernels would
         # take other paths and features differ in the last bit from those of the trained trunk.
@@ -173,39 +165,92 @@ def load_trunk(folder: Path | str) -> nn.Module:
 
 
 class FeatureExtractor:
-    """What `mlflow.pyfunc.load_model` wraps: images in, features out, as numpy arrays."""
+    """Model behind `mlflow.pyfunc.load_model`: images in, features out, as NumPy arrays.
 
-    def __init__(self, trunk: nn.Module) -> None:
+    Args:
+        trunk: the trunk.
+        size: side in pixels of the crop of encoded images, see `crop_size`.
+    """
+
+    def __init__(self, trunk: nn.Module, size: int = USUAL_SIZE) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.trunk = trunk.to(self.device).eval()
+        self.size = size
 
     def predict(self, images: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:
         """Features of one batch.
 
         Args:
             images: float32 [B, 3, H, W], normalised with `mean` and `std` of config.json; a numpy
-                array, a torch tensor or nested lists. One forward pass: the batch must fit.
+                array, a torch tensor or nested lists. Or encoded images, whose middle is cut:
+                bytes of JPEGs, paths, or base64; a numpy array of them or a list. A server of
+                MLflow takes no paths: whoever can reach it would read its disk. One forward pass:
+                the batch must fit.
             params: part of MLflow's interface; there are none.
 
         Returns:
             Float32 [B, C].
 
         Raises:
-            DataError: if the shape is another.
+            DataError: if the shape or type is another, or an image cannot be used.
         """
-        batch = torch.as_tensor(np.asarray(images, dtype=np.float32), device=self.device)
-        if batch.ndim != 4 or batch.shape[1] != 3:
-            raise DataError(
-                f"images have shape {tuple(batch.shape)}; [batch, 3, height, width] is needed"
-            )
+        batch = self._batch(images)
         with torch.inference_mode():
             features: NDArray[np.float32] = self.trunk(batch).float().cpu().numpy()
         return features
 
+    def _batch(self, images: Any) -> Tensor:
+        if items := _encoded(images):
+            # Decoders are needed by callers with encoded images only.
+            from seer_scale.data.encoded_images import middle_crops
+
+            crops = middle_crops(items, self.size, paths=_SERVED not in os.environ)
+            return crops.to(self.device)
+        try:
+            given = np.asarray(images)
+            if given.dtype.kind in "biu":
+                raise DataError(
+                    f"images are {given.dtype}, but must be float32, normalised with mean and std "
+                    "of config.json; or give the encoded files"
+                )
+            batch = torch.as_tensor(given.astype(np.float32, copy=False), device=self.device)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"images are neither an array of numbers nor encoded images ({error})"
+            ) from None
+        if batch.ndim != 4 or batch.shape[1] != 3:
+            raise DataError(
+                f"images have shape {tuple(batch.shape)}; [batch, 3, height, width] is needed"
+            )
+        return batch
+
+
+def _encoded(images: Any) -> list[Any]:
+    """Lists the encoded images that a caller gives; empty if they are numbers."""
+    kinds = (bytes, str, os.PathLike)
+    if isinstance(images, np.ndarray) and images.ndim < 2 and images.dtype.kind in "OSU":
+        images = np.atleast_1d(images).tolist()
+    items = [images] if isinstance(images, kinds) else images
+    return (
+        list(items)
+        if isinstance(items, list) and isinstance(next(iter(items), None), kinds)
+        else []
+    )
+
+
+def crop_size(config: Mapping[str, Any]) -> int:
+    """Side in pixels of the large crops that a trunk was trained on; 224 if nobody wrote it down.
+
+    Args:
+        config: content of config.json.
+    """
+    sizes: list[int] = config.get("pretraining", {}).get("crop_sizes", [USUAL_SIZE])
+    return max(sizes)
+
 
 def _load_pyfunc(data_path: str) -> FeatureExtractor:
     """MLflow's entry point of a `loader_module`."""
-    return FeatureExtractor(load_trunk(data_path))
+    return FeatureExtractor(load_trunk(data_path), crop_size(read_config(data_path)))
 
 
 @cache

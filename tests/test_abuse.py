@@ -74,7 +74,11 @@ def suspicious(text: str) -> list[str]:
 def test_no_file_of_the_package_unpickles_or_runs_text() -> None:
     paths = [*ROOT.glob("seer_scale/**/*.py"), *ROOT.glob("launch/*.py")]
     assert len(paths) > 100
-    assert {path: found for path in paths if (found := suspicious(path.read_text()))} == {}
+    # As torch's all_gather_object does: bytes of the ranks of this run, and of no file.
+    ranks = ROOT / "seer_scale" / "distributed" / "collectives.py"
+    found = {path: calls for path in paths if (calls := suspicious(path.read_text()))}
+    assert found.pop(ranks) == ["pickle.loads(row[:n].tobytes())", "pickle.loads"]
+    assert found == {}
     bad = "pickle.load(f); torch.load(f); np.load(f, allow_pickle=True); yaml.load(t, L); eval(t)"
     assert len(suspicious(bad)) >= 5
 
@@ -182,7 +186,7 @@ def test_names_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
 def test_a_key_given_twice_in_a_manifest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"url": "a.tar", "count": 1, "bytes": 10240, "count": 2}\n')
-    with pytest.raises(DataError, match="row 1 is no JSON: a key is given twice"):
+    with pytest.raises(DataError, match="row 1 is not JSON: a key is given twice"):
         read_shards(str(path))
 
 
@@ -191,8 +195,8 @@ def test_a_key_given_twice_in_a_manifest_is_refused(tmp_path: Path) -> None:
     [
         ({"world_size": 10**9}, "it has no rank_00001"),
         ({"world_size": -1}, "it is of -1 ranks"),
-        ({"files": {"../../../etc/passwd": {"bytes": 1, "xxh128": ""}}}, "no file of the checkpoi"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "xxh128": ""}}}, "no file of the checkpoint"),
+        ({"files": {"../../../etc/passwd": {"bytes": 1, "xxh128": ""}}}, "not a file of the"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "xxh128": ""}}}, "not a file of the checkpoint"),
         ({"files": []}, "is damaged"),
         ({"step": "seven"}, "is damaged"),
     ],

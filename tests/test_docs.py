@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_troubleshooting_quotes_the_program() -> None:
     ]
     assert len(quotes) > 20
     for quote in quotes:
-        text = re.sub(r"^(error|warning): ", "", quote)
+        text = re.sub(r"^(error|warning|note): ", "", quote)
         for fragment in text.split(ELLIPSIS):
             assert fragment.strip(" ?:") in said, f"nothing in the code says {fragment!r}: {quote}"
 
@@ -170,11 +171,17 @@ def test_the_example_of_a_trunk_is_the_published_network(monkeypatch: pytest.Mon
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
 
 
+def processor_seconds() -> float:
+    """What the processes that have ended took of the processors, waiting not counted."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_quick_start_runs(tmp_path: Path) -> None:
+@pytest.mark.timeout(3600)  # others may use the processors too
+def test_the_quick_start_runs_in_ten_minutes(tmp_path: Path) -> None:
     """Every command of the page, as it stands there, in an empty folder."""
-    page = DOCS / "quick-start.md"
+    page, before = DOCS / "quick-start.md", processor_seconds()
     write_images(tmp_path / "photographs", count=64)
     commands = [line for block in blocks(page, "bash") for line in block.splitlines()]
     assert len(commands) >= 8
@@ -191,26 +198,9 @@ def test_the_quick_start_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     for source in blocks(page, "python"):
         subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=environment(), check=True)
+    # Commands of one thread each, one after the other: on an idle machine they take about so long.
+    assert processor_seconds() - before < 600
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [
-        Path(sys.executable).with_name("mkdocs"),
-        "build",
-        "--strict",
-        "--site-dir",
-        tmp_path,
-    ]
-    # What `make docs` sets: the theme's authors advertise another program.
-    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
-    loaded = re.compile(r"""<(?:script|img|iframe)[^>]+src="?https?:|<link[^>]+href="?https?:""")
-    for path in tmp_path.rglob("*.html"):
-        assert not loaded.search(path.read_text()), f"{path.name} loads something from elsewhere"

@@ -26,13 +26,13 @@ from harness.jobs import RECIPES, ROOT
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.checkpoint.manifest import _checksum
 from seer_scale.config import schema
-from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.ds_config import ds_config_of
 from seer_scale.config.recipe import parse
 from seer_scale.data.shard_index import ShardIndex
 from seer_scale.data.shard_manifest import read_shards
 from seer_scale.errors import CheckpointError, ConfigError, DataError, UserError
 from seer_scale.storage.tensor_file import Kind, Stamp, write_tensors
-from seer_scale.train.saves import TrainState
+from seer_scale.train.state import TrainState
 
 QUICK, SLOW = 50, 2900  # cases of each of seven properties
 HOW_MANY = pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_overrides(cases: int) -> None:
     def check(arguments: list[str]) -> None:
         with suppress(SystemExit):  # --help
             try:
-                parse(["--recipe", "debug", *arguments], recipes=RECIPES)
+                parse(["--recipe", "debug", *arguments], recipes=RECIPES, ranks=1)
             except ConfigError as error:
                 one_sentence(error)
 
@@ -136,7 +136,7 @@ def test_recipe_files(cases: int, tmp_path: Path) -> None:
     def check(data: bytes) -> None:
         path.write_bytes(data)
         try:
-            parse(["--recipe", str(path)], recipes=RECIPES)
+            parse(["--recipe", str(path)], recipes=RECIPES, ranks=1)
         except ConfigError as error:
             one_sentence(error)
 
@@ -150,7 +150,7 @@ def test_yaml_that_would_explode_is_refused(tmp_path: Path) -> None:
     for text in (path.read_text(), "[" * 100_000, "{a: " * 50_000):
         path.write_text(text)
         with pytest.raises(ConfigError, match="is not valid YAML") as raised:
-            parse(["--recipe", str(path)], recipes=RECIPES)
+            parse(["--recipe", str(path)], recipes=RECIPES, ranks=1)
         one_sentence(raised.value)
 
 
@@ -158,7 +158,9 @@ def test_yaml_that_would_explode_is_refused(tmp_path: Path) -> None:
 def test_deepspeed_files(cases: int, tmp_path: Path) -> None:
     good = (ROOT / "ds_configs" / "zero3.json").read_bytes()
     path = tmp_path / "zero.json"
-    config = parse(["--recipe", "debug", "--deepspeed_config", str(path)], recipes=RECIPES).config
+    config = parse(
+        ["--recipe", "debug", "--deepspeed_config", str(path)], recipes=RECIPES, ranks=1
+    ).config
     section = st.dictionaries(
         st.sampled_from(["stage", "offload_optimizer", "offload_param", "reduce_bucket_size", "x"]),
         JSON,
@@ -173,7 +175,7 @@ def test_deepspeed_files(cases: int, tmp_path: Path) -> None:
     def check(data: bytes) -> None:
         path.write_bytes(data)
         try:
-            resolve_ds_config(load_ds_config(path), path=path, config=config, world_size=2)
+            ds_config_of(config, 2)
         except ConfigError as error:
             one_sentence(error)
 
@@ -357,8 +359,8 @@ def test_checkpoint_files(cases: int, tmp_path: Path) -> None:
                 fresh[key] = value
             elif isinstance(fresh.get(key), dict):
                 fresh[key][name] = value
-        text = json.dumps(fresh).encode()
-        return struct.pack("<Q", len(text)) + text + data[8 + length :]
+        encoded = json.dumps(fresh).encode()
+        return struct.pack("<Q", len(encoded)) + encoded + data[8 + length :]
 
     placement = st.fixed_dictionaries({"a": st.fixed_dictionaries({"shape": JSON, "offset": JSON})})
     edit = st.tuples(

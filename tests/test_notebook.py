@@ -23,8 +23,8 @@ from harness.jobs import ROOT, arguments, write_images
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.data import open_source
 from seer_scale.evaluation.features import prepare
+from seer_scale.evaluation.labelled_crops import decoded
 from seer_scale.evaluation.prototype_sheet import score_prototypes
-from seer_scale.evaluation.reading import decoded
 from tests.tracking.test_delivery import Server, until
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -71,6 +71,7 @@ def with_parameters(notebook: Any, values: dict[str, Any]) -> Any:
     return notebook
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_it_shows_what_the_registered_trunk_computes(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision import transforms
 
 from seer_scale.convert.loading import load
 from seer_scale.errors import CheckpointError, DataError, UserError
@@ -157,7 +162,92 @@ def test_load_finds_the_trunk_of_a_folder_a_checkpoint_and_a_run(
 
 
 def test_load_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"nowhere is no folder.*models:/NAME@latest"):
+    with pytest.raises(
+        UserError, match=r"nowhere is neither a folder nor a file.*models:/NAME@latest"
+    ):
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no trunk"):
         load(tmp_path)
+
+
+SIZE = 48
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda file: file.read_bytes(),
+    "a list of bytes": lambda file: [file.read_bytes()],
+    "a path": lambda file: [file],
+    "text of a path": lambda file: [str(file)],
+    "base64": lambda file: [base64.b64encode(file.read_bytes()).decode()],
+    "a data address": lambda file: [
+        f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    ],
+    "an array of bytes": lambda file: np.array([file.read_bytes()]),
+    "an array of objects": lambda file: np.array([file.read_bytes()], dtype=object),
+    "an array of paths": lambda file: np.array([str(file)]),
+}
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Path:
+    """A JPEG on its side: EXIF says how to turn it."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    small.resize((150, 100), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", exif=exif)
+    return tmp_path / "a.jpg"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_encoded_images_are_shown_as_torchvision_would_show_them(
+    form: str, trunk: nn.Module, photograph: Path, tmp_path: Path
+) -> None:
+    made = {"crop_sizes": [SIZE, 32], "crop_counts": [2, 4]}
+    folder = export_trunk(trunk, tmp_path / "trunk", trunk=TRUNK, pretraining=made)
+    show = transforms.Compose(
+        [
+            transforms.Resize(round(SIZE * 256 / 224)),
+            transforms.CenterCrop(SIZE),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    shown = show(ImageOps.exif_transpose(Image.open(photograph)).convert("RGB"))
+    with torch.inference_mode():
+        expected = trunk(shown[None]).numpy()
+    features = _load_pyfunc(str(folder)).predict(FORMS[form](photograph))
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trunk_of_before_shows_images_at_224_pixels(exported: Path, photograph: Path) -> None:
+    model = _load_pyfunc(str(exported))
+    assert model.size == 224
+    assert model.predict([photograph, photograph.read_bytes()]).shape == (2, model.trunk.width)
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (
+            ["nowhere.jpg"],
+            r"images\[0\] \('nowhere.jpg'\).* neither a file that is there nor base64",
+        ),
+        ([b"\xff\xd8\xff", b""], r"images\[0\] \(3 bytes\) cannot be used: truncated"),
+        (["YWJj"], r"images\[0\] \('YWJj'\) cannot be used: not an image"),
+        ([b"GIF89a", 3], r"images\[0\]"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "images are uint8, but must be float32"),
+        (np.array([["a.jpg"]], dtype=object), "neither an array of numbers nor encoded images"),
+        ([[1.0], [1.0, 2.0]], "neither an array of numbers nor encoded images"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16), "neither an array of numbers nor encoded"),
+    ],
+)
+def test_what_is_no_image_is_told_in_a_sentence(exported: Path, images: Any, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        _load_pyfunc(str(exported)).predict(images)
+
+
+def test_a_server_reads_no_file_of_its_disk(
+    exported: Path, photograph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("__pyfunc_model_path__", "models:/seer/1")  # as in MLflow's scoring server
+    with pytest.raises(DataError, match="not base64"):
+        _load_pyfunc(str(exported)).predict([str(photograph)])

@@ -1,4 +1,4 @@
-"""The benches run, and what is compared in them is the same training."""
+"""The sections of `make bench` run, and the contenders of a section train the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import peers
-from benchmarks.memory import configuration
 from benchmarks.train_step import arguments, our_step
+from harness.engines import configuration
 from harness.jobs import ROOT
+from harness.pool import Distributed
 from seer_scale.models import build_model, initialise
 
 
@@ -30,7 +31,7 @@ def _losses() -> tuple[list[float], list[float]]:
     return [float(ours(images)) for _ in range(4)], [float(plain(images)) for _ in range(4)]
 
 
-def test_the_plain_loop_trains_as_this_project_does(distributed) -> None:
+def test_the_plain_loop_trains_as_this_project_does(distributed: Distributed) -> None:
     # Twelve images and BatchNorm: rounding grows from step to step, the first loss has little.
     ((ours, plain),) = distributed(_losses, 1)
     assert ours[0] == pytest.approx(plain[0], rel=1e-6)

@@ -1,3 +1,5 @@
+"""The estimate of RG-10B on one GPU, its choice of momentum, and its configuration."""
+
 from __future__ import annotations
 
 import math
@@ -18,8 +20,8 @@ from benchmarks.gpu_10b import (
     take_step,
 )
 from seer_scale.config import RunConfig
-from seer_scale.parallel.compatibility import check_sharding
 from seer_scale.parallel.live_bytes import LiveBytes
+from seer_scale.train.build_engine import check_run
 
 CPU = torch.device("cpu")
 
@@ -42,7 +44,7 @@ LAYER = 4 * 1024**2
 @pytest.mark.parametrize("on_host", ["false", "true"])
 def test_the_configuration_is_one_that_a_gpu_takes(on_host: str) -> None:
     config = configuration("rg_10b", 16, optim__momentum_on_host=on_host)
-    check_sharding(config, None, world_size=1, local_world_size=1, cuda=True)
+    check_run(config, None, world_size=1, local_world_size=1, cuda=True)
     assert config.data.crop_sizes == (160, 96)
     assert config.data.crop_counts == (2, 4)
     assert config.optim.fuse_backward
@@ -90,7 +92,8 @@ def test_a_gradient_is_freed_when_it_is_complete(fused: str) -> None:
         counts.append(sum(p.grad is not None for p in parameters))
 
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(count)  # after the engine's own
+        # After the engine's own.
+        parameter.register_post_accumulate_grad_hook(count)
     crops = gpu_10b.noise(config, 0, CPU)
     take_step(engine, objective_of(config), config, 0, crops)
     assert len(counts) == len(parameters)

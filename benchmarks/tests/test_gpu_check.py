@@ -1,3 +1,5 @@
+"""The GPU parity check: its variants, its report, and its answer on a machine without GPUs."""
+
 from __future__ import annotations
 
 import sys
@@ -6,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Variant, check, compared, report, usable_ranks, variants
+from benchmarks.gpu_check import check, compared, usable_ranks, variants
+from benchmarks.gpu_rows import Row, Variant, report
 from harness import parity
 
 
@@ -76,7 +79,7 @@ def test_a_training_that_never_stepped_fails() -> None:
 
 
 def test_nothing_checked_is_no_success() -> None:
-    assert report([gpu_check.Row(Variant("zero1"), "skipped", "deepspeed is not installed")]) == 1
+    assert report([Row(Variant("zero1"), "skipped", "deepspeed is not installed")]) == 1
 
 
 def test_the_matrix_is_whole() -> None:
@@ -102,3 +105,21 @@ def test_without_a_gpu_it_says_so(
     assert gpu_check.main() == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("no CUDA GPU here, nothing was checked")
+
+
+def test_nothing_starts_after_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = [[Variant("ddp"), Variant("ddp", "full")], [Variant("skip fsdp, NaN loss")]]
+    rows = check(groups, 2, device="cpu", steps=2, minutes=-1.0)
+    assert [row.status for row in rows] == ["skipped"] * 3
+    assert {row.why for row in rows} == {"no time left of -1 minutes"}
+    assert report(rows) == 1  # nothing was checked
+    assert "skipped skip fsdp, NaN loss: no time left" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_driver_runs_the_cases_beside_the_matrix() -> None:
+    names = ["syncbn channels_last, all ranks", "skip fsdp, NaN loss", "timeouts fsdp"]
+    rows = check([[Variant(name)] for name in names], 2, device="cpu", steps=2)
+    assert [(row.variant.case, row.status, row.why) for row in rows] == [
+        (name, "ok", "") for name in names
+    ]

@@ -1,27 +1,19 @@
-"""What `make bench-memory` measures, on a small trunk here and on RegNetY-16GF among the slow."""
+"""`make bench-memory`: measured state and activations equal formula and profile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.image import imread
 
 from benchmarks import memory_report
-from benchmarks.memory import (
-    STRATEGIES,
-    Activations,
-    State,
-    fresh,
-    measure_activations,
-    measure_state,
-)
+from benchmarks.memory import Activations, State, fresh, measure_activations, measure_state
+from harness.engines import STRATEGIES
+from harness.pool import Distributed
 from seer_scale.parallel.state_bytes import StateBytes
 
-Distributed = Callable[..., list[Any]]
 SMALL = ("model.head_dims=[32, 16]", "model.prototypes=40")
 
 

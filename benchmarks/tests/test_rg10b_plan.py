@@ -1,3 +1,5 @@
+"""RG-10B on 64 ranks: slices of all ranks make the model once; gathered bytes equal FSDP's."""
+
 from __future__ import annotations
 
 import math
@@ -15,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import rg10b_plan as plan
 from harness import parity
+from harness.fake_ranks import fake_ranks
 from seer_scale.config import RunConfig
 from seer_scale.models import initialise
-from seer_scale.parallel import batchnorm
+from seer_scale.parallel.convert_batchnorm import sync_group
 from seer_scale.train import build
 
 GIB = 2**30
@@ -30,7 +33,7 @@ RANKS = 8
 
 def hold(rank: int) -> tuple[list[tuple[str, int, Any, Any]], dict[str, Any]]:
     """A rank's slices (name, offset, values, momentum) and buffers, as NumPy."""
-    with plan.fake_ranks(RANKS, rank):
+    with fake_ranks(RANKS, rank):
         engine = plan.build_engine(plan.configuration(*SMALL))
         parts = [
             (part.name, part.offset, part.values.numpy(), part.momentum.numpy())
@@ -52,6 +55,7 @@ def alone() -> Callable[..., list[Any]]:
     return run
 
 
+@pytest.mark.long
 def test_slices_of_all_ranks_make_the_whole_model_once(alone: Callable[..., list[Any]]) -> None:
     config = plan.configuration(*SMALL)
     expected = build.model_of(config, torch.device("cpu"))
@@ -77,12 +81,13 @@ def test_slices_of_all_ranks_make_the_whole_model_once(alone: Callable[..., list
 
 
 def members(rank: int) -> list[int]:
-    with plan.fake_ranks(64, rank):
-        group = batchnorm.sync_group(8)
+    with fake_ranks(64, rank):
+        group = sync_group(8)
         assert group is not None
         return dist.get_process_group_ranks(group)
 
 
+@pytest.mark.long
 def test_batchnorm_groups_of_eight_on_64_ranks(alone: Callable[..., list[Any]]) -> None:
     groups = [list(range(8)), list(range(8, 16)), list(range(56, 64))]
     assert alone(members, [0, 13, 63]) == groups
@@ -117,7 +122,8 @@ def test_a_small_plan() -> None:
     (measured,) = plan.measure_alone("regnety_200mf", 8, [3])
     check_rank(measured, config, 8)
     text = plan.describe("regnety_200mf", 8, [measured])
-    assert "| `head` | 6 | 72,237,312 | 0.269 | 34.45 |" in text
+    # 72,237,312 parameters of 2 bytes gathered, and of 4 bytes on the rank.
+    assert "| `head` | 6 | 72,237,312 | 0.135 | 34.45 |" in text
     assert "67,117,056 parameters" in text  # the head's second layer, 8192 x 8192 + 8192
 
 
@@ -133,7 +139,7 @@ def test_no_rank_of_rg10b_takes_two_gib() -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Most parameters that FSDP2 holds whole, looked at before every operation."""
+    """Most bytes of float32 that FSDP2 holds whole, looked at before every operation."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -143,21 +149,21 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         whole = [g for g in self.groups if g.is_unsharded or g._all_gather_result is not None]
-        now = sum(p.sharded_param.numel() for g in whole for p in g.fsdp_params)
+        now = 4 * sum(p.sharded_param.numel() for g in whole for p in g.fsdp_params)
         self.most = max(self.most, now)
         return func(*args, **(kwargs or {}))
 
 
 def _watched(heavy: int, prefetch: int) -> tuple[int, int, int, int]:
-    """Predicted and seen parameters that are whole at once, in a forward and a backward pass."""
+    """Predicted and seen bytes that are whole at once, in a forward and a backward pass."""
     case = parity.CASES["fsdp"]
     sharding = {"strategy": "fsdp", "unit_parameters": heavy, "prefetch": prefetch}
     config = parity.configuration(case, sharding={**sharding, "activation_checkpointing": "full"})
     engine = parity.build_engine(case, config, torch.device("cpu"))
     model: Any = engine.model
     gathered = plan.gathered_at_once(model, config)
-    region = plan.largest_region(model.blocks(), config)
-    region += sum(p.numel() for p in model.trunk.stem.parameters())  # what is left stays whole
+    region = plan.largest_region(model, config)
+    region += 4 * sum(p.numel() for p in model.trunk.stem.parameters())  # what is left stays whole
     with _Watch(model) as forward:
         _, scores = engine(parity.my_crops(0, torch.device("cpu")), None)
     with _Watch(model) as backward:

@@ -1,4 +1,4 @@
-"""Checkpoints as slices: every rank writes what it holds, under canonical names, as safetensors.
+"""Saving and resuming: every rank writes the slices that it holds, as safetensors.
 
 A checkpoint is a folder `step_<8 digits>` that appears by one rename once all of it is on disk, so
 a killed save leaves the previous one as it was. Reading copies any run of elements of any tensor,

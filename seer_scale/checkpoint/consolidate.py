@@ -1,4 +1,4 @@
-"""From slices to whole tensors: one or several safetensors files, a tensor at a time."""
+"""Joins slices to whole tensors in one or several safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from seer_scale.checkpoint.reader import CheckpointReader
 from seer_scale.errors import UserError
-from seer_scale.storage.tensor_file import Kind, sync, write_tensors
+from seer_scale.storage.atomic import replaced_file, sync
+from seer_scale.storage.ownership import owned
+from seer_scale.storage.tensor_file import Kind, write_tensors
 
 NAME = "model"
 
@@ -23,7 +25,7 @@ def consolidate(
     momentum: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """Writes whole tensors under their names; memory for the largest one is all it takes.
+    """Writes whole tensors under their names; needs memory for the largest tensor only.
 
     Args:
         reader: of the checkpoint.
@@ -34,8 +36,23 @@ def consolidate(
         say: is told of every file.
 
     Raises:
-        UserError: if the target holds such files already, or the disk is full.
+        UserError: if the target holds such files already, another process writes them, or the disk
+            is full.
     """
+    try:
+        with owned(target, str(target), beside=True):
+            return _consolidate(reader, target, largest_bytes, momentum, say)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def _consolidate(
+    reader: CheckpointReader,
+    target: Path,
+    largest_bytes: int | None,
+    momentum: bool,
+    say: Callable[[str], None],
+) -> list[Path]:
     if any(target.glob(f"{NAME}*.safetensors*")):
         raise UserError(f"{target} holds {NAME}*.safetensors already: give another folder")
     kinds = dict(reader.kinds)
@@ -53,19 +70,13 @@ def consolidate(
         return reader.whole(name, "weight" if name == key else "momentum")
 
     metadata = {"format": "pt", "step": str(reader.manifest["step"])}
-    fresh = target / ".consolidating"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, keys in zip(names, parts, strict=True):
+    for name, keys in zip(names, parts, strict=True):
+        with replaced_file(target / name) as fresh:
             stamp = write_tensors(fresh, {key: kinds[key] for key in keys}, read, metadata)
-            fresh.rename(target / name)
-            say(f"{target / name}  {stamp.bytes / 2**30:.3f} GiB  xxh128 {stamp.xxh128}")
-        if len(parts) > 1:
-            _write_index(target / f"{NAME}.safetensors.index.json", kinds, names, parts)
-        sync(target)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+        say(f"{target / name}  {stamp.bytes / 2**30:.3f} GiB  xxh128 {stamp.xxh128}")
+    if len(parts) > 1:
+        _write_index(target / f"{NAME}.safetensors.index.json", kinds, names, parts)
+    sync(target)
     return [target / name for name in names]
 
 

@@ -1,4 +1,4 @@
-"""What `--resume` means: a path, the newest whole checkpoint of a run, or an MLflow run's."""
+"""Finds the checkpoint of `--resume`: a path, the newest of a run, or of an MLflow run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ MLFLOW = "mlflow:"
 
 
 def choose(resume: str | None, run_dir: Path, tracking_uri: str | None = None) -> list[Path]:
-    """The checkpoints that a run may start from, best first; none for a fresh one.
+    """Lists the checkpoints that a run may start from, best first; none for a fresh run.
 
-    Looks at names only, and protects a run that is there. `first_whole` reads what was chosen.
+    Reads names only, and refuses to start afresh in the folder of another run. `first_whole` reads
+    the files.
 
     Args:
         resume: what `--resume` says, if it is given; see `find`.
@@ -50,7 +51,7 @@ def choose(resume: str | None, run_dir: Path, tracking_uri: str | None = None) -
 
 
 def find(resume: str, root: Path) -> list[Path]:
-    """The checkpoints that `--resume` means, best first.
+    """Lists the checkpoints that `--resume` names, best first.
 
     Args:
         resume: `auto` for those in `root`, newest first; or the path of a checkpoint, which is
@@ -62,20 +63,29 @@ def find(resume: str, root: Path) -> list[Path]:
     """
     if resume == "auto":
         return list_checkpoints(root)[::-1]
-    path = Path(resume)
+    return checkpoints_at(resume, option="--resume ", others=", mlflow:RUN_ID or auto")
+
+
+def checkpoints_at(given: str, *, option: str = "", others: str = "") -> list[Path]:
+    """Lists the checkpoints that a path names, best first.
+
+    Args:
+        given: path of a checkpoint, which is meant alone, or of a run or its `checkpoints` folder.
+        option: what the user typed before the path, for messages.
+        others: what the option takes besides paths, for messages.
+
+    Raises:
+        CheckpointError: if the path holds no checkpoint.
+    """
+    path, said = Path(given), f"{option}{given}"
+    takes = f"give a run or one of its checkpoints (runs/NAME/checkpoints/step_XXXXXXXX){others}"
     if not path.exists():
-        raise CheckpointError(
-            f"--resume {resume}: there is no such folder; give a run, one of its "
-            "checkpoints (runs/NAME/checkpoints/step_XXXXXXXX), mlflow:RUN_ID or auto"
-        )
+        raise CheckpointError(f"{said}: there is no such folder; {takes}")
     if (path / MANIFEST).is_file() or step_of(path) is not None:
         return [path]
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
-        raise CheckpointError(
-            f"--resume {resume}: the folder holds no whole checkpoint; give a "
-            "run, one of its checkpoints or auto"
-        )
+        raise CheckpointError(f"{said}: the folder holds no whole checkpoint; {takes}")
     return found[::-1]
 
 
@@ -90,9 +100,9 @@ def _of_mlflow_run(run_id: str, tracking_uri: str | None, root: Path) -> list[Pa
 
 
 def first_whole(candidates: list[Path], warn: Callable[[str], None]) -> CheckpointReader | None:
-    """A reader of the first checkpoint that is as it was written; every rank calls it.
+    """Opens the first checkpoint whose files match their checksums; every rank calls this.
 
-    Every file is read and its checksum compared, each rank a share of them.
+    Every file that resuming needs is compared with its checksum; each rank reads a share of them.
 
     Args:
         candidates: best first.
@@ -107,7 +117,8 @@ def first_whole(candidates: list[Path], warn: Callable[[str], None]) -> Checkpoi
     for folder in candidates:
         reader, problem = None, None
         try:
-            reader = CheckpointReader(folder)
+            part, parts = distributed.rank(), distributed.world_size()
+            reader = CheckpointReader(folder, part=part, parts=parts)
         except OtherFormatError:
             raise  # passing it over would throw away what a later version has trained
         except CheckpointError as error:

@@ -1,18 +1,19 @@
-"""A checkpoint's folder: made where there is room, named at once, set aside or deleted whole."""
+"""Folders of checkpoints: made where there is room, published by one rename, deleted whole."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from seer_scale.checkpoint.manifest import one_line
-from seer_scale.storage.tensor_file import sync
+from seer_scale.storage.atomic import sync
 
 SPARE_BYTES = 64 << 20  # that a checkpoint leaves free on the disk
 
 
 def make_room(partial: Path, needed: int) -> str | None:
-    """Makes the folder of a save; what is in the way, if something is."""
+    """Makes the folder of a save; returns the problem in words, or None."""
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
@@ -29,8 +30,10 @@ def make_room(partial: Path, needed: int) -> str | None:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Gives a checkpoint that is whole its name, in one step and on the disk."""
-    sync(partial)
+    """Renames a whole checkpoint to its final name.
+
+    Its manifest was written last, which has put every file and name of the folder on the disk.
+    """
     if folder.exists():
         set_aside(folder)
     partial.rename(folder)
@@ -38,12 +41,19 @@ def publish(partial: Path, folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Renames a checkpoint that a resumed run overtakes: out of the way, not lost."""
+    """Renames a checkpoint that a resumed run overtakes; nothing is lost."""
     aside = folder.with_name(f"superseded_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
 
 
 def delete(folder: Path) -> None:
-    """Deletes a checkpoint; a kill in mid-deletion does not leave half of one by its name."""
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleting")))
+    """Deletes a checkpoint; a kill during the deletion leaves no half checkpoint under its name.
+
+    A run and `seer-scale checkpoint prune` may delete the same one at the same time.
+    """
+    with suppress(FileNotFoundError):
+        doomed = folder.rename(folder.with_name(f".{folder.name}.deleting"))
+        while doomed.exists():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(doomed)

@@ -1,7 +1,7 @@
-"""Where checkpoints stand, and the small JSON file that says what one holds.
+"""Folders of checkpoints, and the manifest: the small JSON file that lists what one holds.
 
-The manifest names every file with its length and checksum (XXH3), and carries a checksum of itself:
-what was not written as it stands there is found before anything is loaded from it.
+The manifest lists every file with its length and checksum (XXH3), and has a checksum of its own, so
+that damage is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -14,43 +14,44 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from seer_scale.errors import CheckpointError
-from seer_scale.storage.tensor_file import Stamp, sync
+from seer_scale.storage.atomic import replaced_file
+from seer_scale.storage.tensor_file import Stamp
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step_(\d{8})")
-_LARGEST = 64 << 20  # bytes; what is larger is no manifest
+_LARGEST = 64 << 20  # bytes; what is larger is not a manifest
 
 
 class OtherFormatError(CheckpointError):
-    """A checkpoint that is whole as far as this version can tell, and that it does not read."""
+    """A whole checkpoint in a format that this version does not read."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` stands or will stand."""
+    """Folder of the checkpoint of `step`."""
     return root / f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a folder's name says; None for any other name."""
+    """Step in a folder's name; None for any other name."""
     found = FOLDER.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Whole checkpoints under `root`, oldest first; a save that was killed is not among them."""
+    """Lists whole checkpoints under `root`, oldest first, without killed saves."""
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if step_of(path) is not None)
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """The tensors that rank `rank` wrote."""
+    """File of the tensors that rank `rank` wrote."""
     return folder / f"rank_{rank:05d}.safetensors"
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str, Stamp]) -> None:
-    """Writes the manifest, the last file of a checkpoint.
+    """Writes the manifest in place of an older one; without one a folder is no checkpoint.
 
     Args:
         folder: of the checkpoint.
@@ -61,12 +62,17 @@ def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str,
     # What JSON makes of it is what is signed: tuples are lists by then.
     whole = json.loads(json.dumps(whole))
     text = json.dumps({**whole, "checksum": _checksum(whole)}, indent=1) + "\n"
-    (folder / MANIFEST).write_text(text)
-    sync(folder / MANIFEST)
+    with replaced_file(folder / MANIFEST) as fresh:
+        fresh.write_text(text)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, with `files` as stamps; the files are all there, in length.
+def read_manifest(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Reads a checkpoint's manifest and compares the lengths of files; `files` holds stamps.
+
+    Args:
+        folder: of the checkpoint.
+        part: which share of the files is looked at, of `parts` equal ones.
+        parts: number of shares.
 
     Raises:
         OtherFormatError: if it is of another format.
@@ -81,7 +87,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         form = int(manifest["format"])
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{folder} is no whole checkpoint: it has no {MANIFEST}; resume from another one"
+            f"{folder} is not a whole checkpoint: it has no {MANIFEST}; resume from another one"
         ) from None
     # RecursionError: of a damaged file of brackets.
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
@@ -104,7 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if world_size < 1:
             raise ValueError(f"it is of {world_size} ranks")
         if outside := [name for name in files if not _is_inside(name)]:
-            raise ValueError(f"{outside[0]!r:.60} is no file of the checkpoint")
+            raise ValueError(f"{outside[0]!r:.60} is not a file of the checkpoint")
         possible = range(min(world_size, len(files) + 1))
         missing = [r for r in possible if rank_file(folder, r).name not in files]
         if missing:
@@ -116,7 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds step {step} under the name of another: rename it to "
             f"{checkpoint_folder(folder.parent, step).name}"
         )
-    for name, expected in files.items():
+    for name, expected in list(files.items())[part::parts]:
         file = folder / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != expected.bytes:
@@ -131,7 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line."""
+    """Message of an exception, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,7 +1,7 @@
-"""Each rank's file of a checkpoint, and the report beside it by which ranks meet.
+"""Each rank's file of a checkpoint, and the report beside the file, which rank 0 waits for.
 
-They meet in the checkpoint's folder and not in a collective, which would race with those of the
-training.
+Ranks meet in the checkpoint's folder and not in a collective, which would race with the
+collectives of the training.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 
 from seer_scale import distributed
 from seer_scale.checkpoint.manifest import one_line, rank_file
+from seer_scale.checkpoint.placement import SLICES, join_reports, reported
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.errors import CheckpointError
-from seer_scale.storage.tensor_file import Stamp, stream_tensors
+from seer_scale.storage.atomic import replaced_file
+from seer_scale.storage.tensor_file import Stamp, stamp, stream_tensors
 
 _POLL_S = 0.05
 
 
 def write_rank_file(partial: Path, placement: Mapping[str, Any], staging: Staging) -> None:
-    """Writes what this rank holds, and the report; a failure is a report too.
+    """Writes this rank's tensors, then the report; a failure is reported too.
 
     Args:
         partial: folder of the checkpoint on its way.
@@ -34,22 +36,21 @@ def write_rank_file(partial: Path, placement: Mapping[str, Any], staging: Stagin
     path = rank_file(partial, rank)
     try:
         metadata = {"placement": json.dumps(placement)}
-        written = stream_tensors(path, staging.kinds(), staging.fill, metadata)
-        report: dict[str, Any] = written._asdict()
+        kinds = staging.kinds()
+        written = stream_tensors(path, kinds, staging.fill, metadata)
+        report: dict[str, Any] = {**written._asdict(), "slices": reported(placement, kinds)}
     except Exception as error:
         # Room for the report, on a disk that is full.
         with suppress(OSError):
             path.unlink(missing_ok=True)
         report = {"problem": one_line(error)}
-    fresh = partial / f".rank_{rank:05d}.writing"
-    # Where even this cannot be written rank 0 runs out of patience.
-    with suppress(OSError):
+    # If the report cannot be written either, rank 0 stops waiting after a time.
+    with suppress(OSError), replaced_file(_report(partial, rank)) as fresh:
         fresh.write_text(json.dumps(report))
-        fresh.rename(_report(partial, rank))
 
 
 def written_files(partial: Path, patience_s: Callable[[], float]) -> dict[str, Stamp]:
-    """The files of all ranks, once each has said that its own is written.
+    """Waits for the reports of all ranks; returns the stamps of their files and of the index.
 
     Args:
         partial: folder of the checkpoint on its way.
@@ -59,6 +60,7 @@ def written_files(partial: Path, patience_s: Callable[[], float]) -> dict[str, S
         CheckpointError: if a rank could not write, or says nothing for too long.
     """
     files: dict[str, Stamp] = {}
+    slices: list[dict[str, list[Any]]] = []
     began = time.monotonic()
     for rank in range(distributed.world_size()):
         path = _report(partial, rank)
@@ -69,9 +71,14 @@ def written_files(partial: Path, patience_s: Callable[[], float]) -> dict[str, S
         report = json.loads(path.read_text())
         if "problem" in report:
             raise CheckpointError(f"rank {rank} could not write its part: {report['problem']}")
+        slices.append(report.pop("slices"))
         files[rank_file(partial, rank).name] = Stamp(**report)
     for rank in range(distributed.world_size()):
         _report(partial, rank).unlink()
+    if index := join_reports(slices):
+        with replaced_file(partial / SLICES) as fresh:
+            fresh.write_text(index)
+        files[SLICES] = stamp(partial / SLICES)
     return files
 
 

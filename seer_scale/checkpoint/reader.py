@@ -1,54 +1,63 @@
-"""Reading a checkpoint: any run of elements of any tensor, whatever slices it was written in."""
+"""Reads any run of elements of any tensor of a checkpoint, however the tensor was sliced."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_128_hexdigest
 
 from seer_scale import distributed
 from seer_scale.checkpoint.manifest import one_line, rank_file, read_manifest
+from seer_scale.checkpoint.placement import SLICES, Placement, from_headers, read_joined
 from seer_scale.errors import CheckpointError
+from seer_scale.optim.filling import fill_together
 from seer_scale.optim.slices import Slice, Values, with_padding
 from seer_scale.storage.tensor_file import Kind, Stamp, TensorFile, stamp
 
 # What a header that is not as it should be makes Python trip over.
 _HOSTILE = (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
             OverflowError)  # fmt: skip
-
-
-class Piece(NamedTuple):
-    """A run of a tensor's elements in a file, from `offset` on."""
-
-    file: TensorFile
-    offset: int
-    length: int
+MOST_OPEN = 16  # files; a process may open about a thousand
 
 
 class CheckpointReader:
     """Reads any part of any tensor of one checkpoint.
 
+    A checkpoint that has an index opens a rank's file when it is first read from; of others all
+    headers are read now.
+
     Args:
         folder: of the checkpoint.
         manifest: of one that is still being written, and has none yet.
+        part, parts: the share of the files whose length is compared now, for ranks that share.
 
     Raises:
         CheckpointError: if the folder is empty, half written, damaged or of another format.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any] | None = None,
+        *,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder) if manifest is None else manifest
-        self.kinds: dict[str, Kind] = {}
-        self._pieces: dict[str, list[Piece]] = {}
-        self._files: list[TensorFile] = []
-        for rank in range(self.manifest["world_size"]):
-            self._index(rank_file(folder, rank))
-        self._check_pieces()
+        self.manifest = read_manifest(folder, part, parts) if manifest is None else manifest
+        self._files: dict[int, TensorFile] = {}
+        self._recent: list[TensorFile] = []  # the ones that may be open
+        self._rows = self._index()
+        self.kinds = {name: row.kind for name, row in self._rows.items()}
+        for name, row in self._rows.items():
+            if problem := row.problem():
+                raise CheckpointError(
+                    f"{folder} is damaged: {problem % name}; resume from an older checkpoint"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -61,22 +70,25 @@ class CheckpointReader:
         return {name: kind.shape for name, kind in self.kinds.items()}
 
     def has_momentum(self, name: str) -> bool:
-        """Whether a tensor is a parameter, with optimizer state; buffers have none."""
-        return f"momentum/{name}" in self._pieces[name][0].file.entries
+        """Tells whether a tensor is a parameter; buffers have no momentum."""
+        return self._rows[name].momentum
 
     def read(self, name: str, offset: int, length: int, kind: str = "weight") -> Tensor:
-        """Elements `offset` to `offset + length` of a tensor, flat; `kind` weight or momentum."""
+        """Reads flat elements `offset` to `offset + length`; `kind` is weight or momentum."""
         out = torch.empty(length, dtype=self.kinds[name].dtype)
-        filled = 0
+        filled, path, key = 0, self.folder, f"{kind}/{name}"
         try:
-            for file, start, count in self._pieces[name]:
+            for rank, start, count in self._rows[name].parts(offset, offset + length):
+                path = rank_file(self.folder, rank)
+                file = self._file(rank)
+                if file.entries[key].kind != (out.dtype, (count,)):
+                    raise ValueError(f"{key} is not as {SLICES} has it")
                 low, high = max(start, offset), min(start + count, offset + length)
-                if low < high:
-                    part = out[low - offset : high - offset]
-                    file.read(f"{kind}/{name}", low - start, high - start, part)
-                    filled += high - low
-        except (OSError, KeyError) as error:
-            raise self._damaged(file.path, error) from None
+                part = out[low - offset : high - offset]
+                file.read(key, low - start, high - start, part)
+                filled += high - low
+        except _HOSTILE as error:
+            raise self._damaged(path, error) from None
         if filled != length:
             raise CheckpointError(
                 f"{self.folder} holds {filled} of the {length} elements asked of {name}"
@@ -84,21 +96,22 @@ class CheckpointReader:
         return out
 
     def whole(self, name: str, kind: str = "weight") -> Tensor:
-        """A whole parameter or buffer."""
+        """Reads a whole parameter or buffer."""
         _, shape = self.kinds[name]
         return self.read(name, 0, self.kinds[name].numel, kind).view(shape)
 
-    def verify(self, part: int = 0, parts: int = 1) -> str | None:
-        """Compares files with their checksums; what is wrong with the first that differs.
+    def verify(self, part: int = 0, parts: int = 1, *, trunk: bool = True) -> str | None:
+        """Compares files with their checksums; describes the first difference, or returns None.
 
         Args:
-            part: which share of the files, of `parts` equal ones: ranks read one each.
+            part: which share of the files, of `parts` equal ones: ranks read one each. On the
+                number of ranks that saved, a rank reads the file that it resumes from.
             parts: number of shares.
+            trunk: compare `trunk/` too, which resuming does not need.
         """
         files: Mapping[str, Stamp] = self.manifest["files"]
-        # By size: the shares take about equally long.
-        order = sorted(files, key=lambda name: (-files[name].bytes, name))
-        for name in order[part::parts]:
+        names = sorted(name for name in files if trunk or not name.startswith("trunk/"))
+        for name in names[part::parts]:
             try:
                 actual = stamp(self.folder / name)
             except OSError as error:
@@ -132,7 +145,7 @@ class CheckpointReader:
             )
 
     def values(self, model: nn.Module) -> Values:
-        """Where a model takes its values from: any run of elements of any parameter or buffer.
+        """Returns a function that reads any run of elements of any parameter or buffer.
 
         Raises:
             CheckpointError: as `check` does.
@@ -141,63 +154,84 @@ class CheckpointReader:
         return lambda name, start, stop: self.read(name, start, stop - start)
 
     @torch.no_grad()
-    def fill_momentum(self, slices: Iterable[Slice]) -> None:
-        """Copies the optimizer state into a rank's slices, however they are cut."""
+    def fill_momentum(self, slices: Iterable[Slice], *, together: bool = False) -> None:
+        """Copies the optimizer state into a rank's slices, however they are cut.
+
+        Args:
+            slices: slices of this rank.
+            together: every rank has the same ones and calls this, so each reads a share.
+        """
 
         def stored(name: str, start: int, stop: int) -> Tensor:
             return self.read(name, start, stop - start, kind="momentum")
 
+        if together:
+            mine = list(slices)
+            paddings = {part.name: part.padding for part in mine if part.padding}
+            fill_together(
+                [(part.name, part.momentum) for part in mine], with_padding(stored, paddings)
+            )
+            return
         for part in slices:
             values = with_padding(stored, {part.name: part.padding} if part.padding else {})
             stop = part.offset + part.values.numel()
             part.momentum.copy_(values(part.name, part.offset, stop))
 
     def local_state(self, rank: int | None = None) -> dict[str, Tensor]:
-        """What rank `rank` of the run that saved had as its own; this rank unless given."""
-        file = self._files[distributed.rank() if rank is None else rank]
+        """State that rank `rank` of the saving run had; this rank unless given."""
+        rank = distributed.rank() if rank is None else rank
         try:
+            file = self._file(rank)
             return {
                 key.removeprefix("local/"): file.whole(key)
                 for key in file.entries
                 if key.startswith("local/")
             }
-        except OSError as error:
-            raise self._damaged(file.path, error) from None
+        except _HOSTILE as error:
+            raise self._damaged(rank_file(self.folder, rank), error) from None
 
     def local_states(self) -> list[dict[str, Tensor]]:
-        """What every rank had as its own, in rank order."""
-        return [self.local_state(rank) for rank in range(len(self._files))]
+        """States that the ranks of the saving run had for themselves, in rank order.
 
-    def _index(self, path: Path) -> None:
+        Every rank calls this; each reads a share of the files.
+        """
+        saved, ranks = self.manifest["world_size"], distributed.world_size()
+        mine = [(r, self.local_state(r)) for r in range(distributed.rank(), saved, ranks)]
+        found: list[tuple[int, dict[str, Tensor]]] = distributed.gather_lists(mine)
+        return [state for _, state in sorted(found, key=lambda one: one[0])]
+
+    def close(self) -> None:
+        """Closes files, which otherwise keep their room on the disk after they are deleted."""
+        for file in self._recent:
+            file.close()
+        self._recent.clear()
+
+    def _index(self) -> Placement:
+        ranks, path = range(self.manifest["world_size"]), self.folder / SLICES
+        known: Stamp | None = self.manifest["files"].get(SLICES)
         try:
-            file = TensorFile(path)
-            self._files.append(file)
-            for name, place in json.loads(file.metadata["placement"]).items():
-                dtype, (length,) = file.entries[f"weight/{name}"].kind
-                kind = Kind(dtype, tuple(map(int, place["shape"])))
-                if min(kind.shape, default=0) < 0:
-                    raise ValueError(f"{name} has a negative side")
-                if self.kinds.setdefault(name, kind) != kind:
-                    raise ValueError(f"{name} has another shape than in another file")
-                self._pieces.setdefault(name, []).append(Piece(file, int(place["offset"]), length))
+            if known:
+                text = path.read_bytes()
+                if Stamp(len(text), xxh3_128_hexdigest(text)) != known:
+                    raise ValueError("it does not have the checksum it was written with")
+                return read_joined(text, len(ranks))
+            for rank in ranks:
+                path = rank_file(self.folder, rank)
+                self._files[rank] = TensorFile(path)
+            return from_headers(self._files.values())
         except _HOSTILE as error:
             raise self._damaged(path, error) from None
 
-    def _check_pieces(self) -> None:
-        for name, pieces in self._pieces.items():
-            end = 0
-            for _, offset, length in sorted(pieces, key=lambda piece: piece.offset):
-                if offset != end:
-                    raise CheckpointError(
-                        f"{self.folder} is damaged: the slices of {name} leave a gap or overlap "
-                        f"at element {min(offset, end)}; resume from an older checkpoint"
-                    )
-                end = offset + length
-            if end != self.kinds[name].numel:
-                raise CheckpointError(
-                    f"{self.folder} is damaged: it holds {end} of the {self.kinds[name].numel} "
-                    f"elements of {name}; resume from an older checkpoint"
-                )
+    def _file(self, rank: int) -> TensorFile:
+        """Opens a rank's file, or finds it open."""
+        file = self._files.get(rank)
+        if file is None:
+            file = self._files[rank] = TensorFile(rank_file(self.folder, rank))
+        if file not in self._recent:
+            if len(self._recent) >= MOST_OPEN:
+                self._recent.pop(0).close()
+            self._recent.append(file)
+        return file
 
     def _damaged(self, path: Path, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -206,8 +240,8 @@ class CheckpointReader:
 
 
 def verify_together(reader: CheckpointReader) -> str | None:
-    """`CheckpointReader.verify`, each rank a share of the files; every rank gets the answer."""
-    found = reader.verify(distributed.rank(), distributed.world_size())
+    """Verifies all files that resuming needs, each rank a share; every rank gets the answer."""
+    found = reader.verify(distributed.rank(), distributed.world_size(), trunk=False)
     found_by_all: Sequence[str | None] = distributed.gather_lists([found])
     return next((text for text in found_by_all if text), None)
 
@@ -215,7 +249,8 @@ def verify_together(reader: CheckpointReader) -> str | None:
 def lazily(
     reader: CheckpointReader, prefix: str
 ) -> tuple[dict[str, Kind], Callable[[str], Tensor]]:
-    """What the tensors under `prefix` are, and a function that reads one, both without it."""
+    """Returns the kinds of the tensors under `prefix` and a function that reads one; names without
+    the prefix."""
     kinds = {
         name.removeprefix(prefix): kind
         for name, kind in reader.kinds.items()

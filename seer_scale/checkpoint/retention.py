@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, and every m-th for good."""
+"""Retention of checkpoints: the newest few stay, and every m-th stays for good."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from seer_scale.checkpoint.manifest import step_of
 
 
 def expired(saved: Sequence[Path], *, keep: int, keep_every: int | None = None) -> list[Path]:
-    """The checkpoints of `saved`, oldest first, that may go.
+    """Lists the checkpoints of `saved` (oldest first) that may be deleted.
 
     Args:
         saved: folders of whole checkpoints, oldest first.

@@ -1,9 +1,9 @@
-"""Saving while training goes on: a thread of every rank writes what the rank holds.
+"""Saves while training continues: a thread of every rank writes the rank's tensors.
 
-The stall of a save is the copying that cannot be put off (see `staging`). Every rank writes its
-file (see `rank_files`); rank 0 waits for all of them, adds the trunk and the manifest and gives the
-folder its name. So a checkpoint is there whole or not at all, and a rank that dies once its file
-is written costs nothing.
+A save delays training only by the copying that cannot be put off (see `staging`). Every rank
+writes its file (see `rank_files`); rank 0 waits for all files, adds the manifest, and renames the
+folder. So a checkpoint exists whole or not at all, and the death of a rank after its file is
+written does no harm. Then rank 0 adds the trunk (see `trunk_export`), which resuming does not need.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seer_scale import distributed
@@ -35,28 +33,28 @@ from seer_scale.checkpoint.manifest import (
     write_manifest,
 )
 from seer_scale.checkpoint.rank_files import write_rank_file, written_files
-from seer_scale.checkpoint.reader import CheckpointReader, lazily
 from seer_scale.checkpoint.retention import expired
-from seer_scale.checkpoint.staging import Staging
+from seer_scale.checkpoint.staging import Staging, stage
+from seer_scale.checkpoint.trunk_export import add_trunk
 from seer_scale.errors import CheckpointError
-from seer_scale.optim.slices import Slice, buffers_without_padding
-from seer_scale.parallel.batchnorm import average_running_statistics
-from seer_scale.serving import versions, write_trunk
-from seer_scale.storage.tensor_file import Stamp, from_tensors
+from seer_scale.optim.slices import Slice
+from seer_scale.parallel.convert_batchnorm import average_running_statistics
+from seer_scale.serving import versions
 
 PATIENCE_S = 1800.0  # that rank 0 waits for the reports of other ranks
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: `problem` is None once the checkpoint is whole.
+    """Result of a save; `problem` is None if the checkpoint is whole.
 
     Attributes:
-        step: of the checkpoint.
-        folder: where it is, or should be.
-        problem: why it is not whole.
+        step: step of the checkpoint.
+        folder: folder of the checkpoint.
+        problem: reason why the checkpoint is not whole.
         seconds: from the call of `save` to the end of the writing.
-        left_behind: why an older checkpoint could not be deleted, although this one is whole.
+        left_behind: reason why an older checkpoint could not be deleted.
+        without_trunk: reason why the checkpoint, whole otherwise, has no `trunk/`.
     """
 
     step: int
@@ -64,10 +62,11 @@ class Outcome:
     problem: str | None
     seconds: float
     left_behind: str | None = None
+    without_trunk: str | None = None
 
 
 class Saver:
-    """Writes the checkpoints of one run; every rank has one and calls the same verbs.
+    """Writes the checkpoints of one run; every rank has a `Saver` and makes the same calls.
 
     Args:
         root: folder of the run's checkpoints, on a file system that all ranks see.
@@ -80,13 +79,15 @@ class Saver:
         self.root, self.trunk = root, trunk
         self.keep, self.keep_every = keep, keep_every
         if distributed.is_main():
-            for stale in root.glob(".step_*"):  # of saves and deletions that were killed
+            # Of saves and deletions that were killed: rank 0 owns the run's folder.
+            for stale in root.glob(".step_*"):
                 shutil.rmtree(stale, ignore_errors=True)
         # Of this attempt: what a rank of an earlier one may still be writing is not mixed in.
         self._attempt: str = distributed.broadcast_object(secrets.token_hex(4))
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._patience = PATIENCE_S
+        self._trunk_s = math.inf
         self._outcomes: deque[Outcome] = deque()  # rank 0's; its thread appends
 
     def save(
@@ -100,10 +101,11 @@ class Saver:
         manifest: Mapping[str, Any],
         in_place: bool = False,
         urgent: bool = False,
+        trunk_s: float = math.inf,
     ) -> None:
-        """Takes the state and starts writing it; waits first for a save that is not done yet.
+        """Takes the state and starts to write it, after the previous save has ended.
 
-        A save that cannot be written is an outcome, no exception: the training goes on.
+        A failed save is an `Outcome`, not an exception: the training continues.
 
         Args:
             step: steps done.
@@ -115,12 +117,17 @@ class Saver:
             in_place: slices on the CPU may be written from where they are, because the caller
                 calls `before_update` before they change or go away.
             urgent: nothing else is to be done meanwhile, so the writing need not give way.
+            trunk_s: seconds that the trunk may take after the checkpoint exists, also that of the
+                save before; afterwards the checkpoint stays without one.
         """
         began = time.monotonic()
+        self._trunk_s = trunk_s
         self._join()
         average_running_statistics(model)
         with _all_cores():
-            placement = self._take(slices if writes_slices else (), model, local_state, in_place)
+            placement = stage(
+                self._staging, slices if writes_slices else (), model, local_state, in_place
+            )
         partial = self.root / f".step_{step:08d}.{self._attempt}.partial"
         if not self._begin(partial, step, began):
             self._staging.clear()
@@ -133,13 +140,13 @@ class Saver:
         self._thread.start()
 
     def before_update(self) -> None:
-        """Call before slices change that a save was given `in_place`: copies what is unwritten."""
+        """Copies the unwritten part of slices given `in_place`, before they change."""
         if self._staging.live:  # hardly ever: this is asked at every step
             with _all_cores():
                 self._staging.copy_live()
 
     def outcomes(self) -> list[Outcome]:
-        """On rank 0, the saves that have ended since the last call; elsewhere none."""
+        """Results of saves that have ended since the last call, on rank 0; none elsewhere."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def wait(self) -> None:
@@ -148,7 +155,7 @@ class Saver:
         distributed.barrier()
 
     def close(self, seconds: float = 10.0) -> None:
-        """Gives a save that is under way `seconds` to end; no collective, for failing runs too."""
+        """Waits at most `seconds` for a running save, without a collective."""
         self._patience = min(self._patience, seconds)
         if self._thread is not None:
             self._thread.join(seconds)
@@ -161,51 +168,8 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    @torch.no_grad()
-    def _take(
-        self,
-        slices: Iterable[Slice],
-        model: nn.Module,
-        local_state: Mapping[str, Tensor],
-        in_place: bool,
-    ) -> dict[str, Any]:
-        """Stages everything; where each slice lies in its tensor."""
-        placement: dict[str, Any] = {}
-        staging, main = self._staging, distributed.is_main()
-        staging.clear()
-
-        def take(key: str, values: Tensor, reads: int, own: bool) -> None:
-            on_host = values.device.type == "cpu" and values.is_contiguous()
-            if own and on_host:
-                staging.keep(key, values)
-            elif in_place and on_host:
-                staging.hold(key, values, reads)
-            else:
-                staging.copy(key, values)
-
-        for held in slices:  # one at a time: what is offloaded to disk is there only meanwhile
-            part = held.without_padding()
-            if not part.values.numel():  # nothing but padding
-                continue
-            whole = part.values.numel() == math.prod(part.shape)
-            twice = main and whole and part.name.startswith("trunk.")  # for trunk/ too
-            own = part is not held  # cut out of the padding, so a copy already
-            take(f"weight/{part.name}", part.values, 2 if twice else 1, own)
-            take(f"momentum/{part.name}", part.momentum, 1, own)
-            placement[part.name] = {"shape": list(part.shape), "offset": part.offset}
-        if main:
-            for name, buffer in buffers_without_padding(model):
-                staging.copy(f"weight/{name}", buffer.reshape(-1))
-                placement[name] = {"shape": list(buffer.shape), "offset": 0}
-        for name, tensor in local_state.items():
-            staging.copy(f"local/{name}", tensor)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        staging.free(keep=staging.kinds())  # e.g. of a queue that is no longer there
-        return placement
-
     def _begin(self, partial: Path, step: int, began: float) -> bool:
-        """Makes the folder if there is room for the checkpoint; the same answer on every rank."""
+        """Makes the folder if there is room; every rank gets the same answer."""
         kinds = self._staging.kinds()
         mine = sum(kind.bytes for kind in kinds.values())
         trunk = sum(kind.bytes for key, kind in kinds.items() if key.startswith("weight/trunk."))
@@ -213,7 +177,10 @@ class Saver:
         problem = make_room(partial, needed) if distributed.is_main() else None
         problem = distributed.broadcast_object(problem)
         if problem and distributed.is_main():
-            self._end(step, problem, began)
+            seconds = time.monotonic() - began
+            self._outcomes.append(
+                Outcome(step, checkpoint_folder(self.root, step), problem, seconds)
+            )
         return problem is None
 
     # --------------------------------------------------------------------------- in the thread
@@ -224,20 +191,17 @@ class Saver:
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         write_rank_file(job.partial, job.placement, self._staging)
-        problem = left_behind = None
-        try:
-            if distributed.is_main():
-                self._finish(job, written_files(job.partial, lambda: self._patience))
-                left_behind = self._prune(checkpoint_folder(self.root, job.step))
-        # Whatever it is, the training goes on with the checkpoint before.
-        except Exception as error:
-            problem = one_line(error)
-            shutil.rmtree(job.partial, ignore_errors=True)
-        self._staging.clear()
+        outcome = None
         if distributed.is_main():
-            self._end(job.step, problem, job.began, left_behind)
+            outcome = self._finish(job)
+        self._staging.clear()
+        if outcome:
+            self._outcomes.append(replace(outcome, seconds=time.monotonic() - job.began))
 
-    def _finish(self, job: Job, files: dict[str, Stamp]) -> None:
+    def _finish(self, job: Job) -> Outcome:
+        """Gives the checkpoint its name, then adds the trunk and deletes expired checkpoints."""
+        folder = checkpoint_folder(self.root, job.step)
+        whole = Outcome(job.step, folder, None, 0.0)
         content = {
             "step": job.step,
             "world_size": distributed.world_size(),
@@ -245,24 +209,22 @@ class Saver:
             "versions": versions(),
             **job.manifest,
         }
-        kinds, read = lazily(CheckpointReader(job.partial, content), "trunk.")
-        held, from_files = self._staging.kinds(), from_tensors(kinds, read)
-
-        def fill(name: str, start: int, target: NDArray[np.uint8]) -> None:
-            """From memory if this rank has all of it, else from the files just written."""
-            key = f"weight/trunk.{name}"
-            if key in held and held[key].numel == kinds[name].numel:
-                self._staging.fill(key, start, target)
-            else:
-                from_files(name, start, target)
-
-        trunk = write_trunk(job.partial / "trunk", kinds, fill, trunk=job.trunk, step=job.step)
-        files |= {f"trunk/{name}": written for name, written in trunk.items()}
-        write_manifest(job.partial, content, files)
-        publish(job.partial, checkpoint_folder(self.root, job.step))
+        try:
+            files = written_files(job.partial, lambda: self._patience)
+            write_manifest(job.partial, content, files)
+            publish(job.partial, folder)
+        # Whatever it is, the training goes on with the checkpoint before.
+        except Exception as error:
+            shutil.rmtree(job.partial, ignore_errors=True)
+            return replace(whole, problem=one_line(error))
+        try:
+            add_trunk(folder, content, files, self._staging, lambda: self._trunk_s)
+        except Exception as error:  # the checkpoint is whole without it
+            whole = replace(whole, without_trunk=one_line(error))
+        return replace(whole, left_behind=self._prune(folder))
 
     def _prune(self, folder: Path) -> str | None:
-        """Deletes what is not kept, once `folder` is whole; why not, if the disk refuses."""
+        """Deletes expired checkpoints once `folder` is whole; returns a refusal, or None."""
         try:
             saved = list_checkpoints(self.root)
             here = saved.index(folder)
@@ -273,12 +235,6 @@ class Saver:
         except OSError as error:
             return one_line(error)
         return None
-
-    def _end(
-        self, step: int, problem: str | None, began: float, left_behind: str | None = None
-    ) -> None:
-        folder, seconds = checkpoint_folder(self.root, step), time.monotonic() - began
-        self._outcomes.append(Outcome(step, folder, problem, seconds, left_behind))
 
 
 @dataclass(frozen=True)
@@ -330,7 +286,7 @@ def save(
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Lets torch copy with this rank's share of the cores: the training waits for nothing else."""
+    """Lets torch copy with this rank's share of the cores: the training waits for the copy."""
     usual = torch.get_num_threads()
     torch.set_num_threads(
         max(usual, len(os.sched_getaffinity(0)) // distributed.local_world_size())

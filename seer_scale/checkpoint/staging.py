@@ -1,20 +1,24 @@
-"""The state that a save writes: where the training has it, until the training changes it.
+"""State that a save writes: read in the training's own memory until the training changes it.
 
 Weights and momenta change only when the optimizer steps. Until then they are written from the
-training's own memory; what is not written by then is copied first. So where a step takes longer
-than the writing, the training waits for no copy and no memory is taken for one.
+training's own memory; the unwritten rest is copied before the step. If a step takes longer than the
+writing, nothing is copied, and no memory is needed for copies.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from seer_scale import distributed
+from seer_scale.optim.slices import Slice, buffers_without_padding
 from seer_scale.storage.tensor_file import Kind, as_bytes, copy_bytes
 
 
@@ -26,12 +30,12 @@ class Staging:
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}  # for copies; reused by every save
-        self._now: dict[str, Tensor] = {}  # what is to be written, wherever it is
-        self._live: dict[str, int] = {}  # how often what is in the training's memory is to be read
+        self._now: dict[str, Tensor] = {}  # tensors to write, in whichever memory
+        self._live: dict[str, int] = {}  # reads left of tensors in the training's memory
         self._lock = threading.Lock()
 
     def copy(self, key: str, source: Tensor) -> None:
-        """Takes a copy, on the CPU; without waiting for the GPU it may come from."""
+        """Copies a tensor to the CPU, without waiting for the GPU."""
         target = self._memory.get(key)
         if target is None or target.shape != source.shape or target.dtype != source.dtype:
             target = torch.empty(
@@ -48,37 +52,37 @@ class Staging:
         self._live[key] = reads
 
     def keep(self, key: str, own: Tensor) -> None:
-        """Takes a contiguous tensor on the CPU that nobody else has."""
+        """Takes over a contiguous tensor on the CPU that has no other owner."""
         self._now[key] = own.detach()
 
     @property
     def live(self) -> bool:
-        """Whether anything that the training has is still to be read."""
+        """Tells whether tensors of the training are still unread."""
         return bool(self._live)
 
     def copy_live(self) -> None:
-        """Copies what the training has and is still to be read; from here on it may change."""
+        """Copies the unread tensors of the training, which may then change them."""
         with self._lock:
             for key in self._live:
                 self.copy(key, self._now[key])
             self._live.clear()
 
     def clear(self) -> None:
-        """Forgets what there was to write; the memory of copies stays for the next save."""
+        """Forgets all tensors; keeps the memory of copies for the next save."""
         with self._lock:
             self._now.clear()
             self._live.clear()
 
     def free(self, keep: Iterable[str] = ()) -> None:
-        """Gives up the memory of copies, but for these keys."""
+        """Frees the memory of copies, except for these keys."""
         self._memory = {key: self._memory[key] for key in self._memory.keys() & set(keep)}
 
     def kinds(self) -> dict[str, Kind]:
-        """What there is to write."""
+        """Kinds of the tensors to write, by key."""
         return {key: Kind.of(tensor) for key, tensor in self._now.items()}
 
     def fill(self, key: str, start: int, target: NDArray[np.uint8]) -> None:
-        """A tensor's bytes from `start` on, as `tensor_file.stream_tensors` asks for them."""
+        """Fills a buffer with a tensor's bytes from `start` on, for `tensor_file`."""
         with self._lock:
             source = self._now[key]
             copy_bytes(as_bytes(source), start, target)
@@ -86,3 +90,55 @@ class Staging:
                 self._live[key] -= 1
                 if not self._live[key]:
                     del self._live[key]
+
+
+@torch.no_grad()
+def stage(
+    staging: Staging,
+    slices: Iterable[Slice],
+    model: nn.Module,
+    local_state: Mapping[str, Tensor],
+    in_place: bool,
+) -> dict[str, Any]:
+    """Stages the state of this rank; returns the place of each slice in its tensor.
+
+    Args:
+        staging: emptied first.
+        slices: this rank's master weights and momenta.
+        model: for its buffers, which rank 0 writes.
+        local_state: tensors that each rank has its own of.
+        in_place: slices on the CPU are not copied until `Staging.copy_live` is called.
+    """
+    placement: dict[str, Any] = {}
+    main = distributed.is_main()
+    staging.clear()
+
+    def take(key: str, values: Tensor, reads: int, own: bool) -> None:
+        on_host = values.device.type == "cpu" and values.is_contiguous()
+        if own and on_host:
+            staging.keep(key, values)
+        elif in_place and on_host:
+            staging.hold(key, values, reads)
+        else:
+            staging.copy(key, values)
+
+    for held in slices:  # one at a time: what is offloaded to disk is there only meanwhile
+        part = held.without_padding()
+        if not part.values.numel():  # nothing but padding
+            continue
+        whole = part.values.numel() == math.prod(part.shape)
+        twice = main and whole and part.name.startswith("trunk.")  # for trunk/ too
+        own = part is not held  # cut out of the padding, so a copy already
+        take(f"weight/{part.name}", part.values, 2 if twice else 1, own)
+        take(f"momentum/{part.name}", part.momentum, 1, own)
+        placement[part.name] = {"shape": list(part.shape), "offset": part.offset}
+    if main:
+        for name, buffer in buffers_without_padding(model):
+            staging.copy(f"weight/{name}", buffer.reshape(-1))
+            placement[name] = {"shape": list(buffer.shape), "offset": 0}
+    for name, tensor in local_state.items():
+        staging.copy(f"local/{name}", tensor)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    staging.free(keep=staging.kinds())  # e.g. of a queue that is no longer there
+    return placement

@@ -1,1 +1,1 @@
-"""The commands of `seer-scale`, a file each with `parser()` and `main(argv)`."""
+"""The commands of `seer-scale`: one file each, with `parser()` and `main(argv)`."""

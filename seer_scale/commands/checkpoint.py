@@ -1,22 +1,25 @@
-"""Looks after checkpoints: `seer-scale checkpoint inspect|verify|consolidate|prune PATH`.
+"""Looks after checkpoints: `seer-scale checkpoint list|inspect|verify|consolidate|prune PATH`.
 
-Nothing here needs a GPU, a process group or more memory than the largest tensor takes.
+No GPU and no process group is needed, and memory only for the largest tensor.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from seer_scale.config.argument_types import at_least, command_parser
-from seer_scale.errors import UserError
+from seer_scale.config.home_folder import expand_home, local_path
+from seer_scale.errors import CheckpointError, UserError
 
 GIB = 2**30
 EXAMPLES = """\
 PATH is a checkpoint, or a run or its checkpoints folder, which mean the newest of theirs.
 
+  seer-scale checkpoint list runs/demo
   seer-scale checkpoint inspect runs/demo
   seer-scale checkpoint verify runs/demo/checkpoints/step_00000320
   seer-scale checkpoint consolidate runs/demo --to exported --largest-file 5
@@ -24,8 +27,41 @@ PATH is a checkpoint, or a run or its checkpoints folder, which mean the newest 
 """
 
 
-def inspect(path: str) -> None:
-    """Prints what a checkpoint holds: how it was made, its files and its tensors."""
+def show(path: str) -> None:
+    """Prints a line for each checkpoint of a run: step, images, size, time, trunk and k-NN."""
+    from seer_scale.checkpoint.finding import checkpoints_at
+    from seer_scale.checkpoint.manifest import MANIFEST, read_manifest, step_of
+    from seer_scale.tracking.records import kept_knn, trained_knn
+
+    folders = checkpoints_at(path)
+    run_dir = folders[0].resolve().parents[1]
+    trained = trained_knn(run_dir)
+    rows = [("step", "images seen", "GiB", "saved", "trunk", "k-NN top-1", "folder")]
+    for folder in reversed(folders):
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            rows.append((str(step_of(folder)), "", "", "", "", "", f"{folder}: {error}"))
+            continue
+        knn = kept_knn(run_dir, manifest["step"]) or trained.get(manifest["step"])
+        saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime)
+        total = sum(stamp.bytes for stamp in manifest["files"].values())
+        rows.append(
+            (
+                str(manifest["step"]),
+                f"{manifest.get('state', {}).get('samples_seen', 0):,}",
+                f"{total / GIB:.3f}",
+                f"{saved:%Y-%m-%d %H:%M}",
+                "yes" if (folder / "trunk").is_dir() else "no",
+                f"{100 * knn['top1']:.2f} %" if knn else "",
+                str(folder),
+            )
+        )
+    _table(rows)
+
+
+def inspect(path: str, tensors: bool = False) -> None:
+    """Prints the origin and the size of a checkpoint, and with `tensors` its files and tensors."""
     from seer_scale.checkpoint import CheckpointReader
 
     reader = CheckpointReader(_newest(path))
@@ -44,24 +80,31 @@ def inspect(path: str) -> None:
         ("world size", str(manifest["world_size"])),
         ("versions", ", ".join(f"{k} {v}" for k, v in manifest.get("versions", {}).items())),
     ]
-    _table(rows)
-    print()
     files = manifest["files"]
+    total = sum(stamp.bytes for stamp in files.values())
+    kinds = reader.kinds
+    parameters = sum(kind.numel for name, kind in kinds.items() if reader.has_momentum(name))
+    rows += [
+        ("files", f"{len(files)}, {total / GIB:.3f} GiB"),
+        ("tensors", f"{len(kinds)}, {parameters:,} parameters with momentum"),
+        ("of each rank", ", ".join(reader.local_state(0)) or "nothing"),
+    ]
+    _table(rows)
+    if not tensors:
+        return
+    print()
     _table([("file", "GiB", "xxh128")] + [
         (name, f"{stamp.bytes / GIB:.3f}", stamp.xxh128[:16]) for name, stamp in files.items()
     ])  # fmt: skip
     print()
     parts = [("tensor", "shape", "dtype", "elements")]
-    for name, (dtype, shape) in reader.kinds.items():
+    for name, (dtype, shape) in kinds.items():
         kind = "buffer" if not reader.has_momentum(name) else ""
-        size = f"{reader.kinds[name].numel:,}"
+        size = f"{kinds[name].numel:,}"
         parts.append(
             (name, "x".join(map(str, shape)) or "1", f"{str(dtype)[6:]} {kind}".strip(), size)
         )
     _table(parts)
-    parameters = sum(kind.numel for name, kind in reader.kinds.items() if reader.has_momentum(name))
-    own = ", ".join(reader.local_state(0)) or "nothing"
-    print(f"\n{parameters:,} parameters with momentum; every rank's own: {own}")
 
 
 def verify(path: str) -> None:
@@ -77,7 +120,7 @@ def verify(path: str) -> None:
 
 
 def join(path: str, to: Path | None, largest_gib: float | None, momentum: bool) -> None:
-    """Writes a checkpoint's tensors whole, into one or several safetensors files."""
+    """Writes whole tensors of a checkpoint into one or several safetensors files."""
     from seer_scale.checkpoint import CheckpointReader
     from seer_scale.checkpoint.consolidate import consolidate
 
@@ -88,7 +131,7 @@ def join(path: str, to: Path | None, largest_gib: float | None, momentum: bool) 
 
 
 def prune(path: str, keep: int, keep_every: int | None, dry_run: bool) -> None:
-    """Deletes checkpoints beyond the newest `keep`; not the newest that is whole."""
+    """Deletes checkpoints beyond the newest `keep`, but never the newest whole one."""
     from seer_scale.checkpoint import CheckpointReader, list_checkpoints
     from seer_scale.checkpoint.folders import delete
     from seer_scale.checkpoint.retention import expired
@@ -113,12 +156,9 @@ def prune(path: str, keep: int, keep_every: int | None, dry_run: bool) -> None:
 
 
 def _newest(path: str) -> Path:
-    from seer_scale.checkpoint import find
+    from seer_scale.checkpoint.finding import checkpoints_at
 
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{path} is no folder: give a run or one of its checkpoints")
-    return find(path, folder)[0]
+    return checkpoints_at(path)[0]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -129,19 +169,24 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of this command's line."""
+    """Builds the argument parser."""
     parser = command_parser(__doc__, EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
-        ("inspect", "print what it holds"),
+        ("list", "print the checkpoints of a run"),
+        ("inspect", "print how it was made and what it holds"),
         ("verify", "compare all checksums"),
         ("consolidate", "write whole tensors, streamed"),
         ("prune", "delete old checkpoints of a run"),
     ):
         verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-        verb.add_argument("path", metavar="PATH")
+        verb.add_argument("path", type=expand_home, metavar="PATH")
+        if name == "inspect":
+            verb.add_argument("--tensors", action="store_true", help="also files and tensors")
         if name == "consolidate":
-            verb.add_argument("--to", type=Path, help="folder; else STEP_consolidated beside it")
+            verb.add_argument(
+                "--to", type=local_path, help="folder; else STEP_consolidated beside it"
+            )
             verb.add_argument("--largest-file", type=float, metavar="GIB", help="else one file")
             verb.add_argument("--momentum", action="store_true", help="optimizer state too")
         if name == "prune":
@@ -152,11 +197,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; 0, or 1 with a sentence."""
+    """Runs the command; returns 0, or 1 after a message."""
     arguments = parser().parse_args(argv)
     match arguments.verb:
+        case "list":
+            show(arguments.path)
         case "inspect":
-            inspect(arguments.path)
+            inspect(arguments.path, arguments.tensors)
         case "verify":
             verify(arguments.path)
         case "consolidate":

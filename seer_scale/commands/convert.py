@@ -6,9 +6,9 @@ One tensor is in memory at a time (onnx excepted), so RG-10B needs no more than 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from seer_scale.config.argument_types import command_parser
+from seer_scale.config.home_folder import expand_home, local_path
 
 # Of seer_scale.convert, which takes torch to import.
 FORMATS = ("safetensors", "vissl", "timm", "huggingface", "torchvision", "onnx")
@@ -25,13 +25,17 @@ Hugging Face's, torchvision's or our names.
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of this command's line."""
+    """Builds the argument parser."""
     parser = command_parser(__doc__, EXAMPLES)
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("--trunk", metavar="NAME", help="what it has to be, e.g. regnety_256gf")
+    parser.add_argument("source", type=expand_home, metavar="SOURCE")
+    parser.add_argument(
+        "--trunk",
+        metavar="NAME",
+        help="expected trunk, e.g. regnety_256gf; another one is an error",
+    )
     parser.add_argument("--to", choices=FORMATS, required=True)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH",
+        "--out", type=local_path, required=True, metavar="PATH",
         help="a folder for timm and huggingface, a file for vissl, torchvision and onnx, either "
         "for safetensors",
     )  # fmt: skip
@@ -39,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; 0, or 1 with a sentence."""
+    """Runs the command; returns 0, or 1 after a message."""
     arguments = parser().parse_args(argv)
     from seer_scale.convert import convert  # torch is first imported here
 

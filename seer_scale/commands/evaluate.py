@@ -1,200 +1,68 @@
 """Judges a trunk: `seer-scale evaluate TASK --model SOURCE --data PATH [--preset NAME]`.
 
-Runs the same under torchrun, deepspeed and plain python, and gives the same numbers.
+The command gives the same numbers under torchrun, deepspeed and plain python.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
-import os
-import sys
-import time
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from seer_scale.config.argument_types import Parser
-from seer_scale.errors import ConfigError, UserError
-from seer_scale.evaluation.options import (
-    build_options,
-    describe_options,
-    parse_overrides,
-)
+from seer_scale.config.home_folder import expand_home, local_path
+from seer_scale.config.key_values import build_from_texts, describe_keys, split_key_values
+from seer_scale.errors import ConfigError, suggestion
+from seer_scale.evaluation.options import OPTIONS
 from seer_scale.evaluation.presets import PRESETS, Preset
-from seer_scale.storage.disk_refusal import refusal
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from seer_scale.evaluation.task import Context, Result, TaskOptions
-
-RANDOM = "random:"
 FEATURES = Path("runs/evaluations/features")
-TIMEOUT_MINUTES = 600.0  # ranks wait for one that solves or draws
 USAGE = """%(prog)s TASK --model SOURCE --data PATH [--labels FILE] [--preset NAME]
                           [--json FILE] [--out FOLDER] [--features FOLDER] [--mlflow-uri URI]
                           [key=value ...]"""
 TASKS = {
     "knn": "weighted k-nearest-neighbour classification of features",
     "linear": "linear heads on frozen features of several maps",
-    "lowshot": "1 %, 10 % or k labels per class",
-    "finetune": "the whole trunk trained on, with a classifier",
+    "lowshot": "training with 1 %, 10 % or k labels per class",
+    "finetune": "training of the whole trunk and a classifier",
     "svm": "mean average precision of linear SVMs, VOC 2007's protocol",
     "transfer": "another labelled set, by a linear probe or fine-tuning",
     "detect": "Mask R-CNN with FPN on the trunk, COCO's format and metrics",
     "retrieval": "mean average precision of image retrieval, CopyDays' protocol",
 }
-
-
-TRANSFERS = ("linear", "finetune")  # tasks that a transfer does, with their presets
-
-
-class Task(NamedTuple):
-    """What a task's module offers."""
-
-    options: type[TaskOptions]
-    run: Callable[[Context, Any], Result]
-
-
-def load_task(name: str) -> Task:
-    """Imports the module of one of `TASKS`, and with it what that task needs."""
-    module = import_module(f"seer_scale.evaluation.tasks.{name}")
-    return Task(module.Options, module.run)
+TRANSFERS = ("linear", "finetune")  # tasks that `transfer` can run, with their presets
 
 
 def main(argv: list[str]) -> int:
-    """The command line; 0, or a UserError."""
+    """Runs the command and returns 0; a mistake of the user raises a `UserError`."""
     parsed, rest = parser().parse_known_args(argv)
-    overrides = parse_overrides(rest)
+    texts = split_key_values(rest)
     if parsed.task not in TASKS:
         raise _unknown("task", parsed.task, list(TASKS))
     preset = _preset(parsed.preset, parsed.task)
     if parsed.labels is not None and not Path(parsed.labels).is_file():
-        raise ConfigError(f"--labels {parsed.labels} is no file")
+        raise ConfigError(f"--labels {parsed.labels} is not a file: give a CSV of `name,class`")
+    options = build_from_texts(
+        OPTIONS[parsed.task], _given(preset, parsed.task), texts, where=f"task {parsed.task}: "
+    )
+    # This imports torch, which takes seconds: every mistake above is reported at once.
+    from seer_scale.evaluation.session import Request, evaluate
 
-    # torch is first imported here: a mistyped name above is answered at once.
-    task = load_task(parsed.task)
-    given = _given(preset, parsed.task)
-    if parsed.labels is not None and "labels" in task.options.model_fields:
-        given.setdefault("labels", parsed.labels)
-    options = build_options(parsed.task, task.options, given, overrides)
-    evaluate(parsed, task, options)
-    return 0
-
-
-def evaluate(parsed: argparse.Namespace, task: Task, options: TaskOptions) -> None:
-    """Loads the model, runs the task on every rank, and reports on rank 0."""
-    import torch
-
-    from seer_scale import distributed
-    from seer_scale.distributed import failure
-    from seer_scale.evaluation.maps import name_of
-    from seer_scale.evaluation.report import log_report, write_report
-    from seer_scale.evaluation.task import Context
-    from seer_scale.serving import versions
-
-    # With more threads convolutions add in another order, so that the last bits of features
-    # would hang on the number of processes. One process per core uses them all.
-    threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
-    device = distributed.init(TIMEOUT_MINUTES, threads)
-    failure.watch()
-    say = _say if distributed.is_main() else _say_nothing
-    began = time.monotonic()
-    try:
-        trunk = open_model(parsed.model)
-        name = name_of(trunk)
-        folder = parsed.out or _default_folder(parsed, trunk, options)
-        context = Context(
+    evaluate(
+        Request(
+            task=parsed.task,
+            options=options,
             model=parsed.model,
-            trunk=trunk.to(device).eval(),
-            trunk_name=name,
             data=parsed.data,
-            folder=folder,
-            device=device,
-            say=say,
             labels=parsed.labels,
+            preset=parsed.preset,
+            json=parsed.json,
+            out=parsed.out,
             features=parsed.features,
+            mlflow_uri=parsed.mlflow_uri,
         )
-        say(f"{parsed.task}: {name} of {parsed.model} on {parsed.data}, in {folder}")
-        result = task.run(context, options)
-        failure.unwatch()
-    except Exception as error:
-        if isinstance(error, UserError) or refusal(error):  # the command tells it in a sentence
-            failure.mark()
-            raise
-        failure.end(error)
-    if distributed.is_main():
-        report = {
-            "task": parsed.task,
-            "model": parsed.model,
-            "trunk": name,
-            "data": parsed.data,
-            "labels": parsed.labels,
-            "preset": parsed.preset,
-            "options": options.model_dump(mode="json"),
-            "metrics": result.metrics,
-            "details": result.details,
-            "pictures": [str(path) for path in result.pictures],
-            "versions": versions(),
-            "world_size": distributed.world_size(),
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        own = folder / f"{parsed.task}.json"
-        write_report(own, report)
-        if parsed.json is not None:
-            write_report(parsed.json, report)
-        for metric, value in result.metrics.items():
-            print(f"{metric:<24}{value:.4f}", flush=True)
-        log_report(
-            report,
-            [own, *result.pictures],
-            model=parsed.model,
-            name=folder.name,
-            uri=parsed.mlflow_uri,
-            say=say,
-        )
-        say(f"result: {parsed.json or own}")
-    distributed.barrier()
-    distributed.shutdown()
-
-
-def open_model(source: str) -> nn.Module:
-    """What `seer_scale.load` takes, or `random:TRUNK` and `random:TRUNK:SEED`, untrained.
-
-    Raises:
-        UserError: whatever is wrong with the source.
-    """
-    if not source.startswith(RANDOM):
-        from seer_scale import load
-
-        return load(source)
-    from seer_scale.models import build_trunk, initialise
-
-    name, _, seed = source.removeprefix(RANDOM).partition(":")
-    if seed and not seed.isdecimal():
-        raise ConfigError(f"--model {source}: the seed {seed!r} is no number of 0 or more")
-    trunk = build_trunk(name, device="cpu")
-    initialise(trunk, int(seed or 0))
-    return trunk.eval()
-
-
-def _default_folder(parsed: argparse.Namespace, trunk: nn.Module, options: TaskOptions) -> Path:
-    """One folder for whatever comes to the same result."""
-    import xxhash
-
-    from seer_scale.evaluation.feature_store import weights_digest
-
-    about = {
-        "weights": weights_digest(trunk),
-        "data": [os.path.abspath(part) for part in parsed.data.split(",")],
-        "labels": parsed.labels and os.path.abspath(parsed.labels),
-        "options": options.model_dump(mode="json"),
-    }
-    digest = xxhash.xxh3_64_hexdigest(json.dumps(about, sort_keys=True).encode())
-    return Path("runs/evaluations") / f"{parsed.task}-{digest[:12]}"
+    )
+    return 0
 
 
 def _preset(name: str | None, task: str) -> Preset | None:
@@ -203,18 +71,18 @@ def _preset(name: str | None, task: str) -> Preset | None:
     if name not in PRESETS:
         raise _unknown("preset", name, list(PRESETS))
     preset = PRESETS[name]
-    if preset.task != task and not (task == "transfer" and preset.task in TRANSFERS):
-        own = (*TRANSFERS, task) if task == "transfer" else (task,)
+    own = (*TRANSFERS, task) if task == "transfer" else (task,)
+    if preset.task not in own:
         fitting = [other for other, its in PRESETS.items() if its.task in own]
         raise ConfigError(
-            f"--preset {name} is one of the task {preset.task}, not of {task}"
-            + (f", which has {', '.join(fitting)}" if fitting else ", which has none")
+            f"--preset {name} belongs to the task {preset.task}: the task {task} has "
+            + (", ".join(fitting) or "no preset")
         )
     return preset
 
 
 def _given(preset: Preset | None, task: str) -> dict[str, Any]:
-    """What a preset sets; a transfer is one of two other tasks on another set of images."""
+    """Returns the options that a preset sets; `transfer` passes them on to the preset's task."""
     if preset is None:
         return {}
     if preset.task == task:
@@ -223,17 +91,8 @@ def _given(preset: Preset | None, task: str) -> dict[str, Any]:
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? The {kind}s" if near else f"the {kind}s"
-    return ConfigError(f"{name} is no {kind}; {hint} are {', '.join(known)}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _say_nothing(text: str) -> None:
-    """Ranks other than 0."""
+    hint = suggestion(name, known, f"the {kind}s are {', '.join(known)}")
+    return ConfigError(f"{name} is not a {kind}: {hint}")
 
 
 class _Parser(Parser):
@@ -242,7 +101,7 @@ class _Parser(Parser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of this command's line."""
+    """Builds the argument parser."""
     parser = _Parser(
         usage=USAGE,
         description=__doc__,
@@ -252,41 +111,52 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("task", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument(
         "--model",
+        type=expand_home,
         required=True,
         metavar="SOURCE",
-        help="what seer_scale.load takes: a run, a checkpoint, an exported trunk, "
-        "models:/NAME@alias ...; or random:TRUNK[:SEED], untrained",
+        help="anything that seer_scale.load takes: a run, a checkpoint, an exported trunk, "
+        "models:/NAME@alias ...; or random:TRUNK[:SEED], an untrained trunk",
     )
     parser.add_argument(
         "--data",
+        type=expand_home,
         required=True,
         metavar="PATH",
-        help="a folder with `train` and `val` below it, or TRAIN,VAL; folders of classes or shards",
+        help="a folder with `train` and `val` below it, or TRAIN,VAL; each is a folder of classes "
+        "or of shards",
     )
-    parser.add_argument("--labels", metavar="FILE", help="CSV of `name,class` for every image")
+    parser.add_argument(
+        "--labels",
+        type=expand_home,
+        metavar="FILE",
+        help="CSV of `name,class` for every image, which replaces the labels of the data",
+    )
     parser.add_argument("--preset", metavar="NAME", help="published hyperparameters, see below")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="also write the result to FILE"
+    )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
-        help="of this evaluation, which goes on there if it was killed; "
-        "else runs/evaluations/TASK-DIGEST",
+        help="folder of this evaluation, in which a killed one resumes "
+        "(runs/evaluations/TASK-DIGEST)",
     )
     parser.add_argument(
         "--features",
-        type=Path,
+        type=local_path,
         default=FEATURES,
         metavar="FOLDER",
-        help=f"keeps features for other tasks ({FEATURES})",
+        help=f"folder that keeps features for other tasks ({FEATURES})",
     )
     parser.add_argument(
         "--mlflow-uri",
+        type=expand_home,
         metavar="URI",
-        help="the model's own server, else MLFLOW_TRACKING_URI or sqlite:///mlflow.db; `none` logs "
-        "nothing",
+        help="MLflow server; without it the model's own server, MLFLOW_TRACKING_URI or "
+        "sqlite:///mlflow.db; `none` logs nothing",
     )
-    # Appended by the deepspeed launcher; the environment says the same.
+    # The deepspeed launcher appends this option; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
@@ -298,9 +168,5 @@ def _preset_lines() -> list[str]:
 def _option_lines() -> list[str]:
     lines = ["tasks and their options (key=value):"]
     for task, about in TASKS.items():
-        lines.append(f"  {task}: {about}")
-        for option in describe_options(task):
-            lines.append(f"    {option.name}: {option.type}; default: {option.default}")
-            if option.description:
-                lines.append(f"        {option.description}")
+        lines += ["", f"{task}: {about}", *describe_keys(OPTIONS[task])]
     return lines

@@ -1,7 +1,7 @@
-"""Puts a trunk into MLflow's model registry: `seer-scale register SOURCE --name NAME`.
+"""Registers a trunk in MLflow's model registry: `seer-scale register SOURCE --name NAME`.
 
-A run registers its own checkpoints while it trains; this is for other weights, other names and
-other servers. The same weights under the same name stay one version, however often they are sent.
+A run registers its own checkpoints; use this command for other weights, names or servers. The same
+weights under the same name stay one version, however often they are registered.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from seer_scale.config.argument_types import command_parser
+from seer_scale.config.home_folder import expand_home
 
 EXAMPLES = """\
 SOURCE is what seer_scale.load takes: a run, a checkpoint, an exported trunk, or foreign weights,
@@ -24,9 +25,9 @@ EXPERIMENT = "registered"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of this command's line."""
+    """Builds the argument parser."""
     parser = command_parser(__doc__, EXAMPLES)
-    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("source", type=expand_home, metavar="SOURCE")
     parser.add_argument("--name", required=True, help="of the registered model")
     parser.add_argument(
         "--alias",
@@ -36,13 +37,14 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--uri",
+        type=expand_home,
         help="of the server, else the run's own, MLFLOW_TRACKING_URI or sqlite:///mlflow.db",
     )
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """The command line; 0, or a UserError."""
+    """Runs the command; returns 0, or raises `UserError`."""
     arguments = parser().parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="seer-scale-") as scratch:
         print(register(arguments.source, arguments.name, arguments.alias, arguments.uri, scratch))
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def register(source: str, name: str, aliases: list[str], uri: str | None, scratch: str) -> str:
-    """Registers the trunk of `source`; returns the sentence that says as what.
+    """Registers the trunk of `source`; returns a sentence with name and version.
 
     Args:
         source: see `seer_scale.load`.
@@ -61,7 +63,7 @@ def register(source: str, name: str, aliases: list[str], uri: str | None, scratc
 
     Raises:
         UserError: there is no such source, or the server does not answer or refuses.
-        CheckpointError: the weights are damaged or are no trunk that is known.
+        CheckpointError: the weights are damaged or are not a known trunk.
     """
     from seer_scale.convert import convert
     from seer_scale.convert.locating import locate

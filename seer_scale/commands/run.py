@@ -1,13 +1,15 @@
-"""`seer-scale COMMAND ...`: finds the command, runs it to its exit status.
+"""Runs `seer-scale COMMAND ...`: finds the command and exits with its status.
 
-Nothing is imported but the command that is asked for, so `--help` and `--version` answer at once.
+Only the requested command is imported, so `--help` and `--version` answer at once.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -47,10 +49,14 @@ HELP = "\n".join(
 
 
 def run(command: str, argv: list[str]) -> NoReturn:
-    """Runs one of `COMMANDS` and leaves; a user's mistake is one sentence and its exit status.
+    """Runs one of `COMMANDS` and exits; a user's mistake is one sentence and an exit status.
 
-    So is a disk that takes nothing, whoever tried to write to it.
+    A full or read-only disk is reported in one sentence too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A path that the user gave may have bytes that are no characters of the terminal.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         module = import_module(f"seer_scale.commands.{command}")
         status = module.main(argv)
@@ -66,12 +72,15 @@ def run(command: str, argv: list[str]) -> NoReturn:
             raise
         exit_with(UserError(sentence(refused, argv)))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        with suppress(OSError):  # the streams may be files on a full disk
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        # The interpreter would wait for its threads, and one may read from a dead disk.
+        os._exit(128 + signal.SIGINT)
 
 
 def reader_is_gone() -> NoReturn:
-    """Leaves when whoever read the output has had enough, as other programs do."""
+    """Exits quietly when the reader of the output is gone, as other programs do."""
     os.dup2(
         os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
     )  # for the interpreter's last word
@@ -79,7 +88,7 @@ def reader_is_gone() -> NoReturn:
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Entry point of the console script."""
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help", "help"):
         try:
@@ -91,10 +100,10 @@ def main() -> NoReturn:
         print(f"seer-scale {__version__}")
         sys.exit(0)
     if command not in COMMANDS:
-        from seer_scale.config.schema import did_you_mean
+        from seer_scale.errors import did_you_mean
 
         hint = did_you_mean(command, COMMANDS) or ":"
         known = ", ".join(COMMANDS)
-        exit_with(ConfigError(f"{command} is no command{hint} the commands are {known}"))
+        exit_with(ConfigError(f"{command} is not a command{hint} the commands are {known}"))
     sys.argv[0] = f"seer-scale {command}"  # what argparse calls the program
     run(command, argv)

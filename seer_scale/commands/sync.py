@@ -1,27 +1,29 @@
-"""Sends to MLflow what runs recorded while their server was away."""
+"""Sends to MLflow the records of runs whose server was away."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from seer_scale.config.home_folder import expand_home, local_path
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of this command's line."""
+    """Builds the argument parser."""
     parser = argparse.ArgumentParser(
         description="Send to MLflow what runs recorded while the server was away, stopped or slow.",
-        epilog="Exits with 0 when nothing is left to send, with 1 otherwise.",
+        epilog="Exits with 0 when MLflow has everything, with 1 when anything is left or refused.",
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--uri", help="send the whole run to this server instead of its own")
+    parser.add_argument("run_dirs", nargs="+", type=local_path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--uri", type=expand_home, help="send the whole run to this server instead of its own"
+    )
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Sends each run and says what came of it; 0 if nothing is left to send."""
+    """Sends each run and prints the result; returns 0 if MLflow has everything."""
     arguments = parser().parse_args(argv)
-
     from seer_scale.errors import UserError
     from seer_scale.tracking.sender import sync
 
@@ -33,13 +35,15 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             status = max(status, error.exit_status)
             continue
-        refused = (
-            f", {outcome.rejected} refused (tracking/rejected.jsonl)" if outcome.rejected else ""
-        )
+        left = f"{outcome.left} left"
+        if outcome.rejected:
+            left = f"{outcome.rejected} refused" + (f", {left}" if outcome.left else "")
         print(
-            f"{run_dir}: {outcome.sent} events sent, {outcome.left} left{refused}, "
-            f"run {outcome.run_id or 'not created'}"
+            f"{run_dir}: {outcome.sent} events sent, {left}, run {outcome.run_id or 'not created'}"
         )
+        if outcome.refusals:
+            print(f"error: {run_dir}: {outcome.refusals}", file=sys.stderr)
+            status = max(status, 1)
         if outcome.left:
             print(f"error: {run_dir} is not all sent: {outcome.reason}", file=sys.stderr)
             status = max(status, 1)

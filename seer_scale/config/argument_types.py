@@ -1,4 +1,4 @@
-"""What more than one launcher's command line is made of."""
+"""Argument types and the argument parser that several commands share."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from seer_scale.config.field_types import whole_number
 from seer_scale.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are `ConfigError`s: one sentence, without a usage."""
+    """An argument parser that reports mistakes as a `ConfigError`: one sentence, no usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the mistake."""
+        """Raises `ConfigError` with argparse's message."""
         raise ConfigError(f"{message}; see --help")
 
 
 def command_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """Of a command: its text and its examples as they are written, no option shortened."""
+    """Builds the argument parser of a command; text and examples are printed as written."""
     return argparse.ArgumentParser(
         description=description,
         epilog=examples,
@@ -27,8 +28,24 @@ def command_parser(description: str | None, examples: str) -> argparse.ArgumentP
     )
 
 
+def images(text: str) -> int:
+    """Reads a number of images, such as 1000000, 1,000,000 or 1e9."""
+    value = whole_number(text)
+    if not isinstance(value, int) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images, such as 1e9")
+    return value
+
+
+def price(text: str) -> float:
+    """Reads an amount of money above nothing, such as 2.5."""
+    value = float(text)
+    if not (0 < value < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text} is not a price above 0")
+    return value
+
+
 def at_least(least: int) -> Callable[[str], int]:
-    """An integer of `least` or more, as `type=` of an argument."""
+    """Returns a `type=` for an argument: an integer of `least` or more."""
 
     def integer(text: str) -> int:
         value = int(text)

@@ -1,19 +1,20 @@
-"""DeepSpeed's JSON, filled in from the recipe: each number has one owner.
+"""Fills in DeepSpeed's JSON from the recipe: each number has one owner.
 
-A file in `ds_configs/` says how to shard and communicate. What it shares with the recipe (batch
-sizes, precision, clipping, the optimizer) is written here; a file that says otherwise is refused.
+A file in `ds_configs/` says how to shard and communicate. Values that the recipe owns (batch sizes,
+precision, clipping, the optimizer) are written here; a file that contradicts them is refused.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from seer_scale.config import RunConfig
-from seer_scale.config.schema import did_you_mean, shown
+from seer_scale.config.schema import shown
 from seer_scale.config.shipped import find
-from seer_scale.errors import ConfigError
+from seer_scale.errors import ConfigError, did_you_mean
 
 # Sections that would take from the recipe what it owns, or that mean nothing here.
 _PRECISION = "it would cast BatchNorm and the float32 state: set train.precision in the recipe"
@@ -120,14 +121,16 @@ OFFLOAD_DEVICES = ("cpu", "nvme", "none")
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file, or in the one of that name that comes with the package.
+    """Reads the JSON object in a file, or in the shipped file of that name.
 
     Raises:
         ConfigError: no such file, not JSON (with line and column), not an object, or a key that
             is given twice.
     """
     try:
-        text = find(path).read_text(encoding="utf-8")
+        content = find(path).read_bytes()
+        # Windows' editors and shells begin a file with a mark of its encoding.
+        text = content.decode(json.detect_encoding(content))
     except OSError as error:
         raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -152,15 +155,43 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def resolve_ds_config(
-    raw: dict[str, Any], *, path: str | Path, config: RunConfig, world_size: int
-) -> dict[str, Any]:
-    """The complete DeepSpeed config of a run; `raw` is not changed.
+def ds_config_of(config: RunConfig, world_size: int) -> dict[str, Any] | None:
+    """Returns the complete DeepSpeed configuration of a run; None for other strategies than zero.
 
     Args:
-        raw: what the file says.
+        config: the run's configuration.
+        world_size: ranks of the whole run.
+
+    Raises:
+        ConfigError: see `load_ds_config` and `resolve_ds_config`.
+    """
+    path = config.sharding.deepspeed_config
+    if path is None:
+        return None
+    return resolve_ds_config(
+        load_ds_config(path),
+        path=path,
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        world_size=world_size,
+    )
+
+
+def resolve_ds_config(
+    raw: dict[str, Any],
+    *,
+    path: str | Path,
+    micro_batch_size: int,
+    gradient_accumulation: int,
+    world_size: int,
+) -> dict[str, Any]:
+    """Returns the complete DeepSpeed configuration of a training; `raw` stays unchanged.
+
+    Args:
+        raw: content of the file.
         path: the file, for messages.
-        config: the recipe, which owns the shared numbers.
+        micro_batch_size: images per rank and forward pass.
+        gradient_accumulation: micro-batches per step.
         world_size: ranks of the whole run.
 
     Raises:
@@ -168,7 +199,7 @@ def resolve_ds_config(
             DeepSpeed does not have, a stage other than 0 to 3, or another value of
             zero_optimization that has the wrong type.
     """
-    owned = _owned(config, world_size)
+    owned = _owned(micro_batch_size, gradient_accumulation, world_size)
     known = (*owned, *REFUSED, *DEEPSPEED_KEYS)
     for key, value in raw.items():
         if key not in known:
@@ -191,9 +222,13 @@ def resolve_ds_config(
     return {**kept, **numbers, "zero_optimization": zero}
 
 
-def _owned(config: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:
-    """Key -> its value and, in words, whose it is."""
-    micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation
+def offload_device(zero: Mapping[str, Any], section: str) -> str:
+    """Device of `offload_optimizer` or `offload_param` in `zero` (zero_optimization), or "none"."""
+    return str((zero.get(section) or {}).get("device", "none"))
+
+
+def _owned(micro: int, accumulation: int, world_size: int) -> dict[str, tuple[Any, str]]:
+    """Returns, for each key, its value and the owner of the value in words."""
     ours = "Seer Scale brings its own optimizer"
     return {
         "train_micro_batch_size_per_gpu": (micro, f"train.micro_batch_size is {micro}"),
@@ -242,7 +277,7 @@ def _check_zero(zero: Any, path: str | Path) -> None:
 
 
 def _expected(key: str, value: Any) -> str:
-    """What the key takes, or '' where `value` is that."""
+    """Returns the allowed values in words, or '' if `value` is allowed."""
     if key in ZERO_INTEGERS:
         # JSON has no integer 5e7; DeepSpeed takes the whole number that it is.
         whole = type(value) is int or (isinstance(value, float) and value.is_integer())

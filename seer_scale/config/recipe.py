@@ -1,39 +1,65 @@
 """The command line and the recipe files: from `argv` to one validated `RunConfig`.
 
-A recipe is a YAML file of sections; `section.key=value` on the command line wins over it. Nothing
-here imports torch, and every mistake is a `ConfigError` before any process group exists.
+A recipe is a YAML file of sections; `section.key=value` on the command line wins over it, and what
+both leave open follows from the number of ranks. Nothing here imports torch, and every mistake is a
+`ConfigError` before any process group exists.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from seer_scale.config import RunConfig, schema
+from seer_scale.config.command_line import DERIVED, OPTIONS, parser
+from seer_scale.config.completion import (
+    BATCHES,
+    check_pairs,
+    complete,
+    drop_replaced,
+    numbers_of_older_run,
+)
 from seer_scale.config.yaml_text import read_yaml, write_yaml
-from seer_scale.errors import ConfigError
+from seer_scale.errors import ConfigError, did_you_mean
 
-OPTIONS = ("--recipe", "--deepspeed_config", "--resume", "--help")
-DERIVED = {"run.dir": "runs/<recipe>", "tracking.registered_name": "seer-<recipe>"}
+# Keys of older config.yaml files -> the one value that they may still have, which is dropped.
+GONE = {"optim.nesterov": False}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asked for."""
+    """What the command line asked for.
+
+    Attributes:
+        config: configuration of the run, with every number that follows from the ranks.
+        resume: what `--resume` says, if it is given.
+        dry_run: whether the run shall only be described.
+        notes: what the number of ranks cannot keep of the recipe, one line each.
+    """
 
     config: RunConfig
     resume: str | None
+    dry_run: bool
+    notes: tuple[str, ...]
 
 
-def parse(argv: Sequence[str], *, recipes: Path) -> Arguments:
+def parse(
+    argv: Sequence[str],
+    *,
+    recipes: Path,
+    ranks: int,
+    saved: Mapping[str, Any] | None = None,
+) -> Arguments:
     """Reads the command line, the recipe it names and its overrides.
 
     Args:
         argv: the arguments after the program's name; `--help` among them prints and exits.
         recipes: folder of the recipes that `--recipe NAME` finds.
+        ranks: processes of the run.
+        saved: configuration in the checkpoint from which the run resumes; numbers of a run that was
+            started before recipes left them open stand in place of the recipe's.
 
     Raises:
         ConfigError: an unknown option, recipe or key, or a value that cannot be.
@@ -47,7 +73,8 @@ def parse(argv: Sequence[str], *, recipes: Path) -> Arguments:
     if options.recipe is None:
         raise ConfigError(f"no recipe is named: add --recipe NAME, one of {_names(recipes)}")
     path = _find(options.recipe, recipes)
-    return Arguments(_resolve(path, overrides), options.resume)
+    config, notes = _resolve(path, overrides, ranks, numbers_of_older_run(saved or {}))
+    return Arguments(config, options.resume, options.dry_run, notes)
 
 
 def dump(config: RunConfig) -> str:
@@ -55,7 +82,9 @@ def dump(config: RunConfig) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def _resolve(path: Path, overrides: dict[str, Any]) -> RunConfig:
+def _resolve(
+    path: Path, overrides: dict[str, Any], ranks: int, older: dict[str, dict[str, Any]]
+) -> tuple[RunConfig, tuple[str, ...]]:
     where = f"{path}: "
     document = _read(path)
     name = document.pop("recipe", path.stem)
@@ -74,22 +103,35 @@ def _resolve(path: Path, overrides: dict[str, Any]) -> RunConfig:
             dotted = f"{section}.{key}"
             if not isinstance(key, str):
                 raise schema.unknown_key(dotted, where=where)
+            if _is_gone(dotted, value, where=where):
+                continue
             _check_known(dotted, where=where)
             values[section][key] = value
             sources[dotted] = where
+    if older:
+        values["train"] = {k: v for k, v in values["train"].items() if k not in BATCHES}
+    for section, numbers in older.items():
+        drop_replaced(values, [f"{section}.{key}" for key in numbers])
+        values[section] |= numbers
     objective = overrides.get("objective.name")
     if objective is not None and objective != values["objective"].get("name", "swav"):
         # The recipe's other options are those of the objective that was replaced.
         values["objective"] = {}
+    drop_replaced(values, overrides)
     for dotted, value in overrides.items():
         section, key = dotted.split(".", 1)
         values[section][key] = value
         sources.pop(dotted, None)
+    check_pairs(values, sources)
     for dotted, default in DERIVED.items():
         section, key = dotted.split(".")
         if values[section].get(key) is None:
             values[section][key] = default.replace("<recipe>", name)
-    return schema.validate(values, sources=sources, recipe=str(path))
+    config = schema.validate(values, sources=sources, recipe=str(path))
+    follow, notes = complete(config, overrides, ranks, where=str(path))
+    for section, numbers in follow.items():
+        values[section] |= numbers
+    return schema.validate(values, sources=sources, recipe=str(path)), notes
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -101,13 +143,15 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if bare in schema.key_schemas():
                 hint = f": write {bare}=VALUE without dashes"
             else:
-                hint = schema.did_you_mean(key, OPTIONS) or ": see --help"
+                hint = did_you_mean(key, OPTIONS) or ": see --help"
             raise ConfigError(f"{key} is not an option{hint}")
         if not equals:
-            hint = schema.did_you_mean(key, schema.key_schemas())
+            hint = did_you_mean(key, schema.key_schemas())
             raise ConfigError(f"{argument!r} is not an override section.key=value{hint}")
         if f"--{key}" in OPTIONS:
             raise ConfigError(f"{key} is an option, not a key: write --{key} {text}")
+        if key in GONE and _is_gone(key, read_yaml(text, where=argument)):
+            continue
         _check_known(key)
         if not text.strip():
             known = schema.key_schemas().get(key)
@@ -118,14 +162,19 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(key: str, text: str, *, where: str) -> Any:
-    quoted = text[0] == text[-1] and text[0] in "'\""
-    if schema.takes_text(key) and not quoted and not (text == "null" and _nullable(key)):
-        return text
-    return read_yaml(text, where=where)
+    described = schema.key_schemas().get(key, {})
+    return schema.read_value(described, text, where=where, nullable=key in DERIVED)
 
 
-def _nullable(key: str) -> bool:
-    return key in DERIVED or schema.allowed(schema.key_schemas()[key]).endswith(" or null")
+def _is_gone(dotted: str, value: Any, *, where: str = "") -> bool:
+    if dotted not in GONE:
+        return False
+    if value is not GONE[dotted]:
+        raise ConfigError(
+            f"{where}{dotted} is {schema.shown(value)}, but the key is gone and only "
+            f"{schema.shown(GONE[dotted])} is still accepted: leave it out"
+        )
+    return True
 
 
 def _check_known(dotted: str, *, where: str = "") -> None:
@@ -156,7 +205,7 @@ def _find(recipe: str, recipes: Path) -> Path:
     if not is_path and named.is_file():
         return named
     kind = "recipe file" if is_path else "recipe"
-    hint = schema.did_you_mean(Path(recipe).stem, [path.stem for path in recipes.glob("*.yaml")])
+    hint = did_you_mean(Path(recipe).stem, [path.stem for path in recipes.glob("*.yaml")])
     raise ConfigError(
         f"there is no {kind} {recipe!r}{hint or ':'} the recipes are {_names(recipes)}, or give "
         f"the path of a .yaml file"
@@ -176,88 +225,3 @@ def _read(path: Path) -> dict[str, Any]:
             f"the recipe {path} holds {schema.shown(document)}, but must hold sections of keys"
         )
     return document
-
-
-class _Once(argparse.Action):
-    """An option that takes one non-empty value, and contradicts itself never."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        if not values:
-            parser.error(f"{option_string} has no value")
-        if before not in (None, values):
-            parser.error(f"{option_string} is given twice: {before} and {values}")
-        setattr(namespace, self.dest, values)
-
-
-class _Parser(argparse.ArgumentParser):
-    recipes: Path
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-    def format_help(self) -> str:
-        return "\n".join(
-            [super().format_help(), *_recipe_lines(self.recipes), "", *_key_lines(), ""]
-        )
-
-
-def parser(recipes: Path) -> argparse.ArgumentParser:
-    """Of the command line whose overrides `parse` reads; `recipes` as there."""
-    parser = _Parser(
-        usage="%(prog)s --recipe NAME [--deepspeed_config FILE] "
-        "[--resume auto|PATH|mlflow:RUN_ID] [section.key=value ...]",
-        description="Pretrain a RegNet without labels, under deepspeed, torchrun or python.",
-        allow_abbrev=False,
-    )
-    parser.recipes = recipes
-    parser.add_argument("--recipe", action=_Once, metavar="NAME", help="a recipe below, or a .yaml")
-    parser.add_argument(
-        "--deepspeed_config",
-        action=_Once,
-        metavar="FILE",
-        help="train under DeepSpeed with this JSON, e.g. ds_configs/zero2.json",
-    )
-    parser.add_argument(
-        "--resume",
-        action=_Once,
-        metavar="auto|PATH|mlflow:RUN_ID",
-        help="continue from the newest checkpoint of run.dir, from this one, or from the newest of "
-        "an MLflow run",
-    )
-    # Appended by the deepspeed launcher; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def _recipe_lines(recipes: Path) -> list[str]:
-    lines = ["recipes:"]
-    for path in sorted(recipes.glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        lines.append(f"  {path.stem:<28}{first.removeprefix('#').strip()}")
-    return lines
-
-
-def default_of(key: str) -> str:
-    """What `section.key` is where nobody gives it, in words."""
-    described = schema.key_schemas()[key]
-    if key in DERIVED:
-        return DERIVED[key]
-    return schema.shown(described["default"]) if "default" in described else "from the recipe"
-
-
-def _key_lines() -> list[str]:
-    lines = ["keys (section.key=value):"]
-    for key, described in schema.key_schemas().items():
-        lines.append(f"  {key}")
-        lines.append(f"      {described['description']}")
-        lines.append(f"      {schema.allowed(described)}; default: {default_of(key)}")
-    lines.append("  objective.*")
-    lines.append("      the objective's own options, e.g. objective.epsilon=0.03")
-    return lines

@@ -1,6 +1,6 @@
-"""Where the files are that come with the package: recipes, studies, DeepSpeed's configurations.
+"""Locations of the files that come with the package: recipes, studies, DeepSpeed configurations.
 
-Under the same names in a clone, beside the package, and in a wheel, inside it (setup.py).
+The names are the same in a clone (beside the package) and in a wheel (inside it: setup.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ RECIPES = SHIPPED / "launch" / "recipes"
 
 
 def find(path: Path | str) -> Path:
-    """`path` as it is, or what comes with the package under that name if there is nothing here.
+    """Returns `path` if it exists, else the shipped file of that name.
 
-    So `ds_configs/zero2.json` means the same in a clone and in any other folder.
+    So `ds_configs/zero2.json` means the same file in a clone and in any other folder.
     """
     shipped = SHIPPED / path
     return shipped if shipped.is_file() and not Path(path).exists() else Path(path)

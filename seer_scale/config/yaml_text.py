@@ -1,4 +1,4 @@
-"""YAML as people mean it: `1e-5` is a number, `yes` is a word, a key given twice is a mistake.
+"""Reads YAML as people mean it: `1e-5` is a number, `yes` a string, a repeated key an error.
 
 PyYAML follows YAML 1.1, where `1e-5` is a string, `yes` a boolean, `010` eight and `1:30` ninety.
 Only the plain scalars of YAML 1.2 are recognised here, and written so that both read them alike.
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that either reading would take for something else."""
+    """Writes YAML; quotes every string that YAML 1.1 or 1.2 would read as another type."""
 
 
 for _name, (_pattern, _first) in _SCALARS.items():
@@ -63,14 +63,14 @@ _Dumper.add_representer(
 
 
 def read_yaml(text: str, *, where: str) -> Any:
-    """The one document in `text`.
+    """Parses the one document in `text`.
 
     Args:
         text: YAML.
-        where: what a mistake is reported under, a path or a whole override.
+        where: name of the source in messages: a path or a whole override.
 
     Raises:
-        ConfigError: not YAML, or a key given twice; names the line.
+        ConfigError: if `text` is not YAML or repeats a key; names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
@@ -86,6 +86,6 @@ def read_yaml(text: str, *, where: str) -> Any:
 
 
 def write_yaml(values: dict[str, Any]) -> str:
-    """Block style, lists in one line, keys in the given order."""
+    """Writes YAML in block style, lists on one line, keys in the given order."""
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return str(text)

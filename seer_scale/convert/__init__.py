@@ -1,4 +1,4 @@
-"""Weights in and out: VISSL, timm, Hugging Face, torchvision, our own files, and ONNX out."""
+"""Weights in and out: VISSL, timm, Hugging Face, torchvision, safetensors; ONNX out."""
 
 from seer_scale.convert.conversion import FORMATS, Format, convert, open_trunk
 from seer_scale.convert.rebuild import rebuild

@@ -1,4 +1,4 @@
-"""One call from any source to any format."""
+"""Converts a trunk from any source to any format."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from seer_scale.convert.locating import locate
 from seer_scale.convert.model_card import write_card
 from seer_scale.convert.recognise import TrunkWeights, recognise
 from seer_scale.errors import ConfigError, UserError
+from seer_scale.storage.ownership import owned
 
 Format = Literal["vissl", "timm", "huggingface", "torchvision", "safetensors", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -34,7 +35,7 @@ _WITH_SWAV = ("vissl", "safetensors")
 def open_trunk(
     source: str | os.PathLike[str], *, trunk: str | None = None, tracking_uri: str | None = None
 ) -> TrunkWeights:
-    """A source's trunk under our names; no tensor is read yet.
+    """Opens a source's trunk under our names, without reading a tensor.
 
     Args:
         source: see `seer_scale.load`.
@@ -43,7 +44,7 @@ def open_trunk(
 
     Raises:
         UserError: if there is no such source.
-        CheckpointError: if it is damaged, asks for code, or is no trunk or another one.
+        CheckpointError: if it is damaged, asks for code, or is not a trunk or another one.
     """
     return recognise(open_weights(locate(source, tracking_uri)), trunk)
 
@@ -68,11 +69,11 @@ def convert(
         What was converted; its notes say what was dropped, and how an ONNX file was checked.
 
     Raises:
-        UserError: if there is no such source, or `out` cannot be written.
-        CheckpointError: if the source is damaged, asks for code, or is no trunk or another one.
+        UserError: if there is no such source, `out` cannot be written, or another process does.
+        CheckpointError: if the source is damaged, asks for code, or is not a trunk or another one.
     """
     if to not in FORMATS:
-        raise ConfigError(f"--to {to} is no format; known are {', '.join(FORMATS)}")
+        raise ConfigError(f"--to {to} is not a format; known are {', '.join(FORMATS)}")
     found, target = open_trunk(source, trunk=trunk), Path(out)
     if to not in _WITH_SWAV and (swav := found.head.swav):
         found = found.with_notes(
@@ -81,18 +82,19 @@ def convert(
     if to == "onnx" and found.head.classes:
         found = found.with_notes("dropped the classifier: the ONNX file is the trunk alone")
     try:
-        if to == "onnx":
-            from seer_scale.convert.onnx_export import TOLERANCE, write_onnx
+        with owned(target, f"--out {target}", beside=True):
+            if to == "onnx":
+                from seer_scale.convert.onnx_export import TOLERANCE, write_onnx
 
-            difference = write_onnx(found, target)
-            found = found.with_notes(
-                f"ONNX Runtime agrees with torch: largest relative difference {difference:.1e} "
-                f"(allowed {TOLERANCE:.0e})"
-            )
-        else:
-            _WRITERS[to](found, target)
-        folder = target if target.is_dir() else target.parent
-        write_card(folder / "README.md", found, to, target.name)
+                difference = write_onnx(found, target)
+                found = found.with_notes(
+                    f"ONNX Runtime agrees with torch: largest relative difference {difference:.1e} "
+                    f"(allowed {TOLERANCE:.0e})"
+                )
+            else:
+                _WRITERS[to](found, target)
+            folder = target if target.is_dir() else target.parent
+            write_card(folder / "README.md", found, to, target.name)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
     return found

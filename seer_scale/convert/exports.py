@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from seer_scale.convert.recognise import TrunkWeights
 from seer_scale.convert.torch_file import write_torch_file
 from seer_scale.errors import UserError
 from seer_scale.serving import CONFIG, write_trunk
+from seer_scale.storage.atomic import filled_folder, replaced_file
 from seer_scale.storage.tensor_file import Kind, from_tensors, write_tensors
 
 _CLASSIFIER = {"timm": "head.fc", "huggingface": "classifier.1", "torchvision": "fc"}
@@ -44,13 +43,13 @@ class Named:
         self._reads[name] = lambda: read(ours)
 
     def read(self, name: str) -> Tensor:
-        """A tensor's values."""
+        """Reads a tensor's values."""
         return self._reads[name]()
 
 
 def write_timm(source: TrunkWeights, out: Path) -> None:
-    """A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
-    config = timm_config(source.trunk, source.head.classes)
+    """Writes a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    config = timm_config(source.trunk, source.head.classes, source.size)
     named = Named(source, "timm")
     with _folder(out, "model.safetensors") as fresh:
         write_tensors(fresh / "model.safetensors", named.kinds, named.read, {"format": "pt"})
@@ -58,7 +57,7 @@ def write_timm(source: TrunkWeights, out: Path) -> None:
 
 
 def write_huggingface(source: TrunkWeights, out: Path) -> None:
-    """A folder for `RegNetModel.from_pretrained`, with a classifier also for
+    """Writes a folder for `RegNetModel.from_pretrained`, with a classifier also for
     `RegNetForImageClassification`.
     """
     classes = source.head.classes
@@ -67,11 +66,11 @@ def write_huggingface(source: TrunkWeights, out: Path) -> None:
     with _folder(out, "model.safetensors") as fresh:
         write_tensors(fresh / "model.safetensors", named.kinds, named.read, {"format": "pt"})
         _write_json(fresh / CONFIG, huggingface_config(source.trunk, classes, dtype))
-        _write_json(fresh / "preprocessor_config.json", huggingface_preprocessor())
+        _write_json(fresh / "preprocessor_config.json", huggingface_preprocessor(source.size))
 
 
 def write_torchvision(source: TrunkWeights, out: Path) -> None:
-    """A state dict: safetensors if `out` ends in `.safetensors`, otherwise as `torch.save` does."""
+    """Writes a state dict: safetensors if `out` ends in `.safetensors`, else a torch file."""
     named = Named(source, "torchvision")
     with _file(out) as fresh:
         if out.suffix == ".safetensors":
@@ -82,9 +81,9 @@ def write_torchvision(source: TrunkWeights, out: Path) -> None:
 
 
 def write_own(source: TrunkWeights, out: Path) -> None:
-    """The folder that `seer_scale.load` reads; one file if `out` ends in `.safetensors`.
+    """Writes the folder that `seer_scale.load` reads, or one file `out` ending in `.safetensors`.
 
-    A SwAV head or classifier goes to `head.safetensors` beside it, or into the one file.
+    A SwAV head or classifier goes to `head.safetensors` in the folder, or into the one file.
     """
     head = source.head
     if out.suffix == ".safetensors":
@@ -97,7 +96,9 @@ def write_own(source: TrunkWeights, out: Path) -> None:
         with _file(out) as fresh:
             write_tensors(fresh, kinds, read, metadata)
         return
-    with _folder(out, "trunk.safetensors") as folder:
+    # The head of an earlier export would be taken for this one's.
+    without = () if head.kinds else (HEAD,)
+    with _folder(out, "trunk.safetensors", without) as folder:
         write_trunk(
             folder,
             source.kinds,
@@ -105,17 +106,16 @@ def write_own(source: TrunkWeights, out: Path) -> None:
             trunk=source.trunk,
             source=source.origin,
             source_names=source.dialect,
+            **({"pretraining": dict(source.pretraining)} if source.pretraining else {}),
         )
         if head.kinds:
             write_tensors(folder / HEAD, head.kinds, head.read, {"format": "pt"})
-    if not head.kinds:  # an earlier export's would be taken for this one's
-        (out / HEAD).unlink(missing_ok=True)
 
 
 def write_vissl(source: TrunkWeights, out: Path) -> None:
-    """A consolidated checkpoint, as VISSL's `WEIGHTS_INIT` takes it: trunk and heads.
+    """Writes a consolidated checkpoint for VISSL's `WEIGHTS_INIT`: trunk and heads.
 
-    Trunks that VISSL has in its FSDP form alone get that form's names.
+    Trunks that exist in VISSL only in the FSDP form get the names of that form.
     """
     grouped, head = source.trunk in GROUPED_TRUNKS, source.head
     trunk_names = {
@@ -157,38 +157,24 @@ def _vissl_head_names(source: TrunkWeights) -> dict[str, str]:
 
 
 @contextmanager
-def _folder(out: Path, weights: str) -> Iterator[Path]:
-    """A new folder whose files take their places in `out` once all are written."""
+def _folder(out: Path, weights: str, without: Collection[str] = ()) -> Iterator[Path]:
+    """Yields a new folder whose files move to `out` once all are written; see `filled_folder`."""
     if out.is_file():
         raise UserError(f"--out {out} is a file; this format is a folder")
     for other in FOLDER_FILES:
         if other != weights and (out / other).exists():
             raise UserError(f"--out {out} holds {other} already; give another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f"{out.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
+    with filled_folder(out, last=weights, without=without) as fresh:
         yield fresh
-        out.mkdir(exist_ok=True)
-        for file in fresh.iterdir():
-            os.replace(file, out / file.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 @contextmanager
 def _file(out: Path) -> Iterator[Path]:
-    """A new file that takes the place of `out` once it is written."""
+    """Yields a new file that takes the place of `out` once it is written."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; this format is a file, e.g. {out / 'trunk.pth'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f"{out.name}.writing")
-    try:
+    with replaced_file(out) as fresh:
         yield fresh
-        os.replace(fresh, out)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

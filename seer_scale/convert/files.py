@@ -1,8 +1,9 @@
-"""From a file or folder to named tensors, whatever wrote it."""
+"""Opens the named tensors of a file or folder of any supported origin."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from seer_scale.convert.weights import Weights, joined
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.serving import CONFIG, WEIGHTS
 from seer_scale.storage.tensor_file import TensorFile
+from seer_scale.tracking.records import read_knn
 
 # The first that is there counts; safetensors before pickles.
 FOLDER_FILES = (
@@ -23,11 +25,12 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
 )
 HEAD = "head.safetensors"
+_STEP = re.compile(r"step_(\d{8})")  # a checkpoint's folder
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 def open_weights(path: Path) -> Weights:
-    """The tensors of a weights file, or of a folder that holds one.
+    """Opens the tensors of a weights file, or of a folder that holds one.
 
     Args:
         path: safetensors, a file of `torch.save`, or a folder of a trunk, timm or Hugging Face,
@@ -61,9 +64,11 @@ def _open_folder(folder: Path) -> Weights:
         parts = [weights]
         if (folder / HEAD).is_file():
             parts.append(_open_safetensors(folder / HEAD))
-        trunk = weights.trunk or _config(folder).get("trunk")
+        config = _config(folder)
         both = joined(str(folder), parts)
-        return Weights(both.origin, both.kinds, both.read, trunk, both.notes)
+        made = {**config.get("pretraining", {}), **_knn_of(folder)}
+        trunk = weights.trunk or config.get("trunk")
+        return Weights(both.origin, both.kinds, both.read, trunk, both.notes, made)
     return weights
 
 
@@ -73,6 +78,14 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _knn_of(folder: Path) -> dict[str, Any]:
+    """The k-NN result of a checkpoint's trunk, from the run around it."""
+    checkpoint = folder.resolve().parent
+    step = _STEP.fullmatch(checkpoint.name)
+    found = read_knn(checkpoint.parents[1], int(step[1])) if step else None
+    return {"knn": found} if found else {}
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -90,7 +103,7 @@ def _open_index(path: Path) -> Weights:
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of weights ({error})") from None
+        raise CheckpointError(f"{path} is not an index of weights ({error})") from None
     if missing := [name for name in names if not (path.parent / name).is_file()]:
         raise CheckpointError(f"{path} lists {missing[0]}, which is not there; copy it too")
     return joined(str(path), [open_weights(path.parent / name) for name in names])

@@ -1,4 +1,4 @@
-"""What stands on a trunk in a file: a SwAV head, a classifier, or one that has no place elsewhere.
+"""Heads on a trunk in a file: a SwAV head, a classifier, or one that no other format can hold.
 
 A SwAV head keeps our names (`head.layers.*`, `prototypes.weight`), a classifier becomes
 `classifier.weight` [K, C] and `classifier.bias` [K].
@@ -39,7 +39,7 @@ class Head:
 
     @property
     def classes(self) -> int:
-        """Number of the classifier's classes; 0 without one."""
+        """Number of classes of the classifier; 0 without a classifier."""
         weight = self.kinds.get("classifier.weight")
         return weight.shape[0] if weight else 0
 
@@ -50,7 +50,7 @@ class Head:
 
 
 def find_head(names: Mapping[str, str], weights: Weights, width: int) -> tuple[Head, list[str]]:
-    """Sorts what is left of a source once its trunk is taken.
+    """Sorts the tensors of a source that do not belong to its trunk.
 
     Args:
         names: plain name -> the source's name.
@@ -97,7 +97,7 @@ def _kept(name: str) -> bool:
 def _vissl_head(
     head: Mapping[str, str], weights: Weights, width: int
 ) -> dict[str, tuple[Kind, Callable[[], Tensor]]] | None:
-    """One head under our names; None if nothing of ours is like it."""
+    """Translates one head to our names; None for a head without a counterpart here."""
     if "prototypes0.weight" in head or any(map(_PROJECTION.fullmatch, head)):
         carried = {}
         for name, full in head.items():
@@ -122,7 +122,7 @@ def _vissl_head(
 def _folded(
     head: Mapping[str, str], weights: Weights, width: int
 ) -> dict[str, tuple[Kind, Callable[[], Tensor]]] | None:
-    """VISSL's eval_mlp, BatchNorm then Linear, as one Linear: in eval mode they are the same."""
+    """Folds VISSL's eval_mlp (BatchNorm, then Linear) into one Linear, equal in eval mode."""
     linear = {"clf.clf.0.weight", "clf.clf.0.bias"}
     norm = {f"channel_bn.{leaf}" for leaf in ("running_mean", "running_var")}
     affine = {f"channel_bn.{leaf}" for leaf in ("weight", "bias")}

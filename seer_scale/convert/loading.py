@@ -1,4 +1,4 @@
-"""One call from anything that holds a trunk to a torch module: a folder, a file, a registry."""
+"""Loads a trunk from a folder, a file or a registry as a torch module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(source: str | os.PathLike[str], *, tracking_uri: str | None = None) -> 
 
     Raises:
         UserError: if there is no such source, or a server does not answer.
-        CheckpointError: if the files are missing or damaged, or are no trunk that is known.
+        CheckpointError: if the files are missing or damaged, or are not a known trunk.
     """
     path = locate(source, tracking_uri)
     if (path / WEIGHTS).is_file():

@@ -1,8 +1,9 @@
-"""Where the weights behind a source are: a folder or file here, fetched if they are elsewhere."""
+"""Locates the weights of a source on this machine, and downloads them if needed."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from seer_scale.convert.files import FOLDER_FILES
@@ -13,10 +14,11 @@ from seer_scale.tracking.uri import answers, redact, resolve_uri
 
 REGISTRY = "models:/"
 HUB = "hf:"
+_MANIFEST = "manifest.json"  # of a checkpoint that can be resumed from
 
 
 def locate(source: str | os.PathLike[str], tracking_uri: str | None = None) -> Path:
-    """The folder or file that holds a source's weights.
+    """Finds the folder or file of a source's weights.
 
     Args:
         source: see `seer_scale.load`.
@@ -27,6 +29,7 @@ def locate(source: str | os.PathLike[str], tracking_uri: str | None = None) -> P
         UserError: if there is no such file, folder or model, or a server does not answer.
         CheckpointError: if a folder holds no weights.
     """
+    source = os.path.expanduser(source)
     text = str(source)
     if text.startswith(REGISTRY):
         return _from_registry(text, tracking_uri)
@@ -37,22 +40,35 @@ def locate(source: str | os.PathLike[str], tracking_uri: str | None = None) -> P
         return path
     if not path.is_dir():
         raise UserError(
-            f"{path} is no folder and no file; give a run, a checkpoint, an exported trunk, a file "
-            f"of weights, {REGISTRY}NAME@latest or {HUB}ORG/NAME"
+            f"{path} is neither a folder nor a file; give a run, a checkpoint, an exported trunk, "
+            f"a file of weights, {REGISTRY}NAME@latest or {HUB}ORG/NAME"
         )
     return _weights_in(path)
 
 
 def _weights_in(folder: Path) -> Path:
     newest_first = sorted((folder / "checkpoints").glob("step_*[0-9]"), reverse=True)
+    steps = (step for step in (folder, *newest_first) if (step / _MANIFEST).is_file())
+    newest = next(steps, None)
     for candidate in (folder, folder / "trunk", *(step / "trunk" for step in newest_first)):
         if (candidate / WEIGHTS).is_file():
+            if newest is not None and candidate.parent < newest:
+                warnings.warn(f"{candidate} is taken, because {_missing(newest)}", stacklevel=3)
             return candidate
     if any((folder / name).is_file() for name in FOLDER_FILES):
         return folder
+    if newest is not None:
+        raise CheckpointError(_missing(newest))
     raise CheckpointError(
         f"{folder} holds no trunk: neither {WEIGHTS}, trunk/{WEIGHTS}, "
         f"checkpoints/step_*/trunk/{WEIGHTS} nor {', '.join(FOLDER_FILES[1:])} is there"
+    )
+
+
+def _missing(step: Path) -> str:
+    return (
+        f"{step} has no trunk/, because its run had to end first: join its tensors with "
+        f"`seer-scale checkpoint consolidate {step}`, and give {step}_consolidated"
     )
 
 
@@ -62,7 +78,7 @@ def _from_hub(name: str) -> Path:
     except ImportError:
         raise UserError(f"{HUB}{name} needs huggingface_hub; pip install huggingface_hub") from None
     if len(name.split("/")) != 2:
-        raise UserError(f"{HUB}{name} is no model of the hub; write {HUB}ORG/NAME")
+        raise UserError(f"{HUB}{name} is not a model of the hub; write {HUB}ORG/NAME")
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))

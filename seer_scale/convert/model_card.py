@@ -1,8 +1,10 @@
-"""The README beside exported weights: what they are, what images they expect, whose they are."""
+"""Model card (README) of exported weights: contents, the run that made them, licence."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from seer_scale import __version__
 from seer_scale.convert.peers import TORCHVISION
@@ -16,6 +18,9 @@ LICENCE = """\
 The weights keep the licence of the source they were converted from. The SEER weights that Meta has
 published (32 GF to 10B, pretrained and fine-tuned) come under a licence of their own, which allows
 non-commercial use only: `projects/SEER/MODEL_LICENSE.md` of facebookresearch/vissl."""
+OWN_LICENCE = """\
+Not stated: whoever trained these weights decides, and adds it here. The images that they were
+trained on may have conditions too. seer_scale, which trained them, is under Apache-2.0."""
 
 
 def write_card(path: Path, source: TrunkWeights, to: str, product: str) -> Path:
@@ -34,7 +39,7 @@ def write_card(path: Path, source: TrunkWeights, to: str, product: str) -> Path:
 
 
 def card(source: TrunkWeights, to: str, product: str) -> str:
-    """The card's text, in Markdown."""
+    """Text of the card, in Markdown."""
     config = trunk_config(source.trunk)
     rows = [
         ("trunk", f"`{source.trunk}`, a RegNetY"),
@@ -54,15 +59,16 @@ def card(source: TrunkWeights, to: str, product: str) -> str:
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     notes = "".join(f"- {note}\n" for note in source.notes)
+    licence = OWN_LICENCE if source.pretraining else LICENCE
     return f"""{_title(product)}
 | | |
 |---|---|
 {table}
-
+{_pretraining(source.pretraining)}
 ## Images
 
 RGB, values in [0, 1], then per channel (x - mean) / std with mean {list(MEAN)} and std {list(STD)}.
-SEER is pretrained on crops of 224 pixels (RG-10B: 160); any height and width from 32 on will do.
+{_sizes(source)}
 
 ## Loading
 
@@ -70,8 +76,38 @@ SEER is pretrained on crops of 224 pixels (RG-10B: 160); any height and width fr
 
 ## Licence
 
-{LICENCE}
+{licence}
 {f"{chr(10)}## Notes{chr(10)}{chr(10)}{notes}" if notes else ""}"""
+
+
+def _pretraining(made: Mapping[str, Any]) -> str:
+    """Section about the run that made the trunk; empty if the source does not state one."""
+    if not made:
+        return ""
+    sizes, counts = made.get("crop_sizes", []), made.get("crop_counts", [])
+    crops = zip(counts, sizes, strict=True)
+    knn = made.get("knn", {})
+    data = f" on `{knn['data']}` at {knn['size']} pixels" if "data" in knn else ""
+    rows = {
+        "recipe": f"`{made['recipe']}`" if "recipe" in made else None,
+        "objective": f"`{made['objective']}`" if "objective" in made else None,
+        "steps": f"{made['steps']:,}" if "steps" in made else None,
+        "images seen": f"{made['images']:,}" if "images" in made else None,
+        "crops of an image": " and ".join(f"{n} x {size} pixels" for n, size in crops) or None,
+        "k-NN top-1": f"{100 * knn['top1']:.2f} %{data}" if knn else "not measured",
+    }
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
+    return f"\n## Pretraining, without labels\n\n| | |\n|---|---|\n{table}"
+
+
+def _sizes(source: TrunkWeights) -> str:
+    known = "crop_sizes" in source.pretraining
+    trained = (
+        f"The large crops of the training had {source.size} pixels"
+        if known
+        else "SEER is pretrained on crops of 224 pixels (RG-10B: 160)"
+    )
+    return f"{trained}; any height and width from 32 on will do."
 
 
 def _title(product: str) -> str:

@@ -1,7 +1,7 @@
-"""One tensor, five names: what VISSL, timm, Hugging Face and torchvision call a trunk's parts.
+"""Names of a trunk's tensors in VISSL, timm, Hugging Face and torchvision.
 
-Ours are torchvision's. Tensors are matched by name alone: the order in which two implementations
-run their modules differs (VISSL's shortcut comes first, Hugging Face's last).
+Our names are torchvision's. Tensors are matched by name alone, since implementations run their
+modules in different orders (VISSL's shortcut comes first, Hugging Face's last).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _GROUP = re.compile(r"\.block\d+-part\d+(?=\.)")
 
 
 def to_dialect(name: str, dialect: Dialect) -> str:
-    """What a dialect calls the tensor of our name `name`.
+    """Translates our name `name` to a dialect.
 
     Raises:
         ValueError: if `name` is none of a trunk's.
@@ -63,7 +63,7 @@ def to_dialect(name: str, dialect: Dialect) -> str:
     if block is None:
         module, _, leaf = name.rpartition(".")
         if module not in _STEM_PARTS["torchvision"]:
-            raise ValueError(f"{name} is no tensor of a trunk")
+            raise ValueError(f"{name} is not a tensor of a trunk")
         return f"{_STEM_PARTS[dialect][_STEM_PARTS['torchvision'].index(module)]}.{leaf}"
     stage, index, part, leaf = int(block[1]), int(block[2]), block[3], block[4]
     prefix = {
@@ -76,7 +76,7 @@ def to_dialect(name: str, dialect: Dialect) -> str:
 
 
 def to_grouped(name: str, trunk: str) -> str:
-    """VISSL's name of our tensor `name` in its FSDP trunk (`regnet_fsdp`, `regnet_v2`)."""
+    """Translates our name `name` to VISSL's FSDP trunk (`regnet_fsdp`, `regnet_v2`)."""
     block = _BLOCK.fullmatch(name)
     plain = to_dialect(name, "vissl")
     if block is None:
@@ -89,5 +89,5 @@ def to_grouped(name: str, trunk: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """A name without what FairScale's FSDP and VISSL's groups of blocks put into it."""
+    """Removes from a name the parts that FairScale's FSDP and VISSL's groups of blocks add."""
     return _GROUP.sub("", _WRAPPERS.sub("", name))

@@ -1,12 +1,10 @@
-"""A trunk as ONNX for any batch, height and width; kept only if ONNX Runtime agrees with torch."""
+"""Exports a trunk to ONNX for any batch, height and width, if ONNX Runtime agrees with torch."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from seer_scale.convert.rebuild import rebuild
 from seer_scale.convert.recognise import TrunkWeights
 from seer_scale.errors import CheckpointError, UserError
+from seer_scale.storage.atomic import filled_folder
 
 TOLERANCE = 1e-4  # relative to the largest feature
 OPSET = 18
@@ -27,7 +26,7 @@ _CHECKS = ((1, 64, 96), (3, 97, 64))
 def write_onnx(source: TrunkWeights, out: Path) -> float:
     """Writes `images` [batch, 3, height, width] -> `features` [batch, width] in eval mode.
 
-    Unlike the other formats this takes the whole trunk into memory, about three times.
+    Unlike other formats, ONNX needs memory for about three copies of the trunk.
 
     Args:
         source: the trunk.
@@ -53,11 +52,7 @@ def write_onnx(source: TrunkWeights, out: Path) -> float:
         raise UserError(f"--out {out} is a folder; give a file, e.g. {out / 'trunk.onnx'}")
     module = rebuild(source).float().eval()
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f"{out.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
+    with filled_folder(out.parent, last=out.name, beside=out) as fresh:
         _export(module, fresh / out.name, apart=size > _ONE_FILE)
         difference = largest_difference(module, fresh / out.name)
         if not difference <= TOLERANCE:
@@ -66,15 +61,11 @@ def write_onnx(source: TrunkWeights, out: Path) -> float:
                 f"{difference:.1e} of the largest; {TOLERANCE:.0e} is allowed, and nothing is "
                 "written"
             )
-        for file in fresh.iterdir():
-            os.replace(file, out.parent / file.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return difference
 
 
 def largest_difference(module: nn.Module, path: Path) -> float:
-    """ONNX Runtime against torch on random images of several shapes, on the CPU."""
+    """Compares ONNX Runtime with torch on random images of several shapes, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -1,14 +1,13 @@
-"""What timm and Hugging Face need beside the tensors to rebuild a trunk: their config files."""
+"""Config files with which timm and Hugging Face rebuild a trunk."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from seer_scale.data.middle_crop import TEST_SHARE
 from seer_scale.errors import UserError
 from seer_scale.models.regnet import trunk_config
 from seer_scale.preprocessing import MEAN, STD
-
-SIZE = 224  # pixels; the side of the large crops that SEER is pretrained on
 
 # timm's names of the same networks; its default rounding of widths is SEER's.
 TIMM = {
@@ -38,8 +37,13 @@ TORCHVISION = {
 }
 
 
-def timm_config(trunk: str, classes: int) -> dict[str, Any]:
+def timm_config(trunk: str, classes: int, size: int) -> dict[str, Any]:
     """config.json of a folder that `timm.create_model("local-dir:FOLDER")` loads.
+
+    Args:
+        trunk: key of `TRUNKS`.
+        classes: of the classifier; 0 for none.
+        size: side of the crop in pixels that images are shown at.
 
     Raises:
         UserError: if timm cannot build such a network.
@@ -69,11 +73,11 @@ def timm_config(trunk: str, classes: int) -> dict[str, Any]:
         **described,
         "pretrained_cfg": {
             "num_classes": classes,
-            "input_size": [3, SIZE, SIZE],
-            "pool_size": [SIZE // 32, SIZE // 32],
+            "input_size": [3, size, size],
+            "pool_size": [-(-size // 32), -(-size // 32)],
             "fixed_input_size": False,
             "interpolation": "bilinear",
-            "crop_pct": 0.875,
+            "crop_pct": _crop_share(size),
             "crop_mode": "center",
             "mean": MEAN,
             "std": STD,
@@ -103,13 +107,16 @@ def huggingface_config(trunk: str, classes: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def huggingface_preprocessor() -> dict[str, Any]:
-    """preprocessor_config.json: shorter side to 256, 224 from its centre, normalised."""
+def huggingface_preprocessor(size: int) -> dict[str, Any]:
+    """preprocessor_config.json: shorter side to 256/224 of `size`, `size` from its centre.
+
+    From 384 pixels on, Hugging Face's class shows the whole image in a square instead.
+    """
     return {
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": SIZE},
-        "crop_pct": 0.875,
+        "size": {"shortest_edge": size},
+        "crop_pct": _crop_share(size),
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -117,3 +124,12 @@ def huggingface_preprocessor() -> dict[str, Any]:
         "image_mean": MEAN,
         "image_std": STD,
     }
+
+
+def _crop_share(size: int) -> float:
+    """Side of the crop over the shorter side before: 7/8, or what rounds to the same pixels.
+
+    Both libraries round the shorter side down; ours is rounded to the nearest pixel.
+    """
+    shorter = round(size * TEST_SHARE)
+    return 0.875 if int(size / 0.875) == shorter else size / (shorter + 0.25)

@@ -1,7 +1,7 @@
-"""Files of `torch.save`, read without running anything in them and without reading their tensors.
+"""Reads files of `torch.save` without running code in them and without reading their tensors.
 
-Of a zip file (torch 1.6 and later) only the structure is loaded; values are read when asked for.
-The older format has no table of contents: it is read whole.
+Of a zip file (torch 1.6 and later) only the structure is loaded; values are read on demand. The
+older format has no table of contents, so it is read whole.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _WHOLE = "{} has the format of torch before 1.6, which is read into memory whole
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a pickle: what it is, and how to read any run of its elements."""
+    """A tensor of a pickle: kind, and a way to read any run of its elements."""
 
     kind: Kind
     run: Callable[[int, int], Tensor]
 
     def whole(self) -> Tensor:
-        """All of it, contiguous, on the CPU."""
+        """Reads the whole tensor, contiguous, on the CPU."""
         return self.run(0, self.kind.numel).view(self.kind.shape)
 
 
 @dataclass(frozen=True)
 class Pickle:
-    """What a pickle holds: nested plain Python values, with `Stored` in the tensors' places."""
+    """Content of a pickle: nested plain Python values, with `Stored` in place of tensors."""
 
     path: Path
     content: Any
@@ -58,9 +58,13 @@ class Pickle:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as those of `torch.save` or `pickle.dump` do."""
+    """Tells whether a file begins like a file of `torch.save` or `pickle.dump`."""
+    return _begin(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def _begin(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        return file.read(2)
 
 
 def read_pickle(path: Path) -> Pickle:
@@ -71,7 +75,7 @@ def read_pickle(path: Path) -> Pickle:
             values: then nothing of it has been run, and what it asked for is named.
     """
     zipped = zipfile.is_zipfile(path)
-    if not zipped and path.open("rb").read(2) == b"PK":
+    if not zipped and _begin(path) == b"PK":
         raise CheckpointError(f"{path} is cut off or damaged; copy or download it again")
     if asked := sorted(set(_asked_for(path, zipped))):
         raise _refused(path, ", ".join(asked[:3]))
@@ -137,7 +141,7 @@ def _in_file(tensor: Tensor, path: Path, size: int) -> Stored:
 
 
 def _asked_for(path: Path, zipped: bool) -> Iterator[str]:
-    """What a pickle would import and may not; read off its instructions, none of which is run."""
+    """Lists forbidden imports of a pickle, read from its instructions without running them."""
     try:
         if zipped:
             with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""From recognised tensors to a torch module."""
+"""Rebuilds a torch module from recognised tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from seer_scale.models.regnet import RegNet, build_trunk
 
 
 def rebuild(source: TrunkWeights) -> RegNet:
-    """The trunk in eval mode on the CPU: images [B, 3, H, W] -> features [B, width].
+    """Builds the trunk in eval mode on the CPU: images [B, 3, H, W] -> features [B, width].
 
     Raises:
         CheckpointError: if a file is cut off.

@@ -1,11 +1,12 @@
-"""Which trunk some tensors are: found by their names and shapes, every tensor accounted for."""
+"""Recognises a trunk by the names and shapes of its tensors; every tensor is accounted for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from seer_scale.convert.names import DIALECTS, STEM, Dialect, to_dialect, withou
 from seer_scale.convert.weights import Weights
 from seer_scale.errors import CheckpointError
 from seer_scale.models.regnet import TRUNKS, build_trunk, trunk_config
+from seer_scale.serving import crop_size
 from seer_scale.storage.tensor_file import Kind
 
 _COUNTER = "num_batches_tracked"  # of a BatchNorm; nothing is computed from it
@@ -23,7 +25,7 @@ _SHOWN = 4  # names in a sentence
 
 @dataclass(frozen=True)
 class TrunkWeights:
-    """A trunk's tensors under our names, and what came with them.
+    """Tensors of a trunk under our names, with heads and notes.
 
     Attributes:
         origin: the source, for sentences.
@@ -33,6 +35,7 @@ class TrunkWeights:
         read: a tensor's values on the CPU, by our name.
         head: SwAV head and classifier that the source holds.
         notes: one line each on what was dropped or filled in.
+        pretraining: what made the trunk, see `Weights`.
     """
 
     origin: str
@@ -42,14 +45,20 @@ class TrunkWeights:
     read: Callable[[str], Tensor]
     head: Head
     notes: tuple[str, ...]
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
         """Width of the features."""
         return trunk_config(self.trunk).stages[-1].width
 
+    @property
+    def size(self) -> int:
+        """Side of the trunk's large training crops in pixels; 224 if the source does not say."""
+        return crop_size({"pretraining": self.pretraining})
+
     def with_notes(self, *notes: str) -> TrunkWeights:
-        """The same with further notes."""
+        """Returns the same weights with further notes."""
         return replace(self, notes=self.notes + notes)
 
 
@@ -63,7 +72,7 @@ def recognise(weights: Weights, trunk: str | None = None) -> TrunkWeights:
 
     Raises:
         ConfigError: if `trunk` is unknown.
-        CheckpointError: if the tensors are no trunk's or another one's, or some are left over.
+        CheckpointError: if the tensors are not those of one trunk, or some are left over.
     """
     if trunk is not None and weights.trunk not in (None, trunk):
         raise CheckpointError(
@@ -119,7 +128,9 @@ def recognise(weights: Weights, trunk: str | None = None) -> TrunkWeights:
             return torch.zeros((), dtype=torch.int64)
         return weights.read(plain[names[ours]])
 
-    return TrunkWeights(weights.origin, chosen, dialect, kinds, read, head, tuple(notes))
+    return TrunkWeights(
+        weights.origin, chosen, dialect, kinds, read, head, tuple(notes), weights.pretraining
+    )
 
 
 def _dialect(names: Mapping[str, str], origin: str) -> tuple[Dialect, str]:
@@ -134,8 +145,8 @@ def _dialect(names: Mapping[str, str], origin: str) -> tuple[Dialect, str]:
         if prefixes:
             return dialect, prefixes[0]
     raise CheckpointError(
-        f"{origin} is no RegNet's weights: no stem is named as in {', '.join(DIALECTS)} (its "
-        f"tensors: {_some(sorted(names)) or 'none'})"
+        f"{origin} does not hold the weights of a RegNet: no stem is named as in "
+        f"{', '.join(DIALECTS)} (its tensors: {_some(sorted(names)) or 'none'})"
     )
 
 

@@ -1,7 +1,7 @@
 """Writes a file that `torch.load(weights_only=True)` reads, one tensor in memory at a time.
 
-torch lays out the file without the tensors' bytes; they are put in their places afterwards, with
-the checksums that a zip file has of them.
+torch lays out the file without the tensors' bytes; the bytes and their zip checksums are written
+afterwards.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_torch_file(
 def _places(
     path: Path, nest: Callable[[Mapping[str, Any]], Any], kinds: Mapping[str, Kind]
 ) -> dict[str, int]:
-    """At which byte of the file each tensor begins; those without elements have no place."""
+    """First byte of each tensor in the file; tensors without elements have none."""
     loaded = torch.load(path, map_location="meta", weights_only=True)
     # The same walk over the same nest, of names and of tensors, pairs them.
     markers = nest({name: _Marker(name) for name in kinds})
@@ -92,7 +92,7 @@ def _places(
 
 
 class _Marker:
-    """Stands for a tensor, by its name."""
+    """Placeholder of a tensor, with its name."""
 
     def __init__(self, name: str) -> None:
         self.name = name

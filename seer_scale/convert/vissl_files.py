@@ -1,4 +1,4 @@
-"""VISSL's checkpoints in each of its layouts, as one list of tensors `trunk.*` and `heads.*`.
+"""Reads VISSL's checkpoints of every layout as tensors `trunk.*` and `heads.*`.
 
 Consolidated (one file), sharded (a file per rank, each with a piece of every tensor, as FairScale's
 FSDP keeps them) and sliced (a file per tensor).
@@ -23,14 +23,14 @@ _RUN = 1 << 22  # elements of a piece that are read at once
 
 
 def is_vissl(content: Any) -> bool:
-    """Whether a pickle's content is laid out as VISSL does."""
+    """Tells whether a pickle has VISSL's layout."""
     return isinstance(content, Mapping) and (
         "classy_state_dict" in content or content.get("type") in _TYPES
     )
 
 
 def vissl_weights(pickle: Pickle) -> Weights:
-    """The trunk's tensors as `trunk.NAME`, the heads' as `heads.INDEX.NAME`.
+    """Opens the trunk's tensors as `trunk.NAME`, the heads' as `heads.INDEX.NAME`.
 
     Raises:
         CheckpointError: if a file of the checkpoint is missing or damaged, or it is a single shard
@@ -65,14 +65,14 @@ def _model(content: Mapping[str, Any], path: Path, part: str = "model") -> Mappi
         found = None
     if not isinstance(found, Mapping) or "trunk" not in found:
         raise CheckpointError(
-            f"{path} is no whole VISSL checkpoint: it has no "
+            f"{path} is not a whole VISSL checkpoint: it has no "
             f"classy_state_dict/base_model/{part}/trunk"
         )
     return found
 
 
 def _heads(heads: Any) -> Iterator[tuple[str, Any]]:
-    """Heads are a list of dicts under FSDP, one dict with `0.`, `1.` in front elsewhere."""
+    """Reads the heads: a list of dicts under FSDP, else one dict with prefixes `0.`, `1.`."""
     if isinstance(heads, Sequence):
         for index, head in enumerate(heads):
             yield from ((f"{index}.{name}", value) for name, value in head.items())
@@ -89,7 +89,7 @@ def _whole(content: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Stored
 
 
 def _beside(path: Path, name: str) -> Path:
-    """A listed file: where it was written, or beside the list if the checkpoint was moved."""
+    """Finds a listed file: at its path, or beside the list if the checkpoint was moved."""
     listed = Path(name)
     return listed if listed.is_absolute() and listed.is_file() else path.parent / listed.name
 
@@ -116,7 +116,7 @@ def _slices(content: Mapping[str, Any], path: Path) -> dict[str, tuple[Kind, Cal
                 file = folder / file.name
             weight = _part(file).get("weight")
             if not isinstance(weight, Stored):
-                raise CheckpointError(f"{file} is no slice of a checkpoint: it has no weight")
+                raise CheckpointError(f"{file} is not a slice of a checkpoint: it has no weight")
             found[f"{part}.{name}"] = (weight.kind, weight.whole)
     return found
 
@@ -149,7 +149,7 @@ def _joined_shards(paths: list[Path]) -> dict[str, tuple[Kind, Callable[[], Tens
 def _joined(
     shards: list[Mapping[str, Stored]], metas: list[Mapping[str, Any]], paths: list[Path]
 ) -> Iterator[tuple[str, tuple[Kind, Callable[[], Tensor]]]]:
-    """The whole tensors of one sharded module.
+    """Joins the pieces of one sharded module to whole tensors.
 
     A parameter is cut flat into as many equal pieces as there are ranks, the last ones padded; with
     `flatten_parameters` several tensors one after another make one parameter.

@@ -1,10 +1,11 @@
-"""Named tensors somewhere on a disk: known by kind, read one at a time."""
+"""Named tensors on a disk, with their kinds; read one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from seer_scale.storage.tensor_file import Kind, read_into
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under one file's or folder's names.
+    """Tensors of a file or folder, under the names in it.
 
     Attributes:
-        origin: where they come from, for sentences.
+        origin: name of the source in messages.
         kinds: dtype and shape of every tensor.
         read: a tensor's values on the CPU, contiguous.
         trunk: key of `TRUNKS`, where the source states it.
-        notes: what a user should know of how it was read.
+        notes: remarks for the user about the reading.
+        pretraining: what made the trunk, where the source states it: `recipe`, `images` seen, ...
     """
 
     origin: str
@@ -30,10 +32,11 @@ class Weights:
     read: Callable[[str], Tensor]
     trunk: str | None = None
     notes: tuple[str, ...] = field(default=())
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
 
 
 def joined(origin: str, parts: list[Weights]) -> Weights:
-    """Several files' tensors as one.
+    """Joins the tensors of several files.
 
     Raises:
         CheckpointError: if two files hold the same name.
@@ -54,7 +57,7 @@ def joined(origin: str, parts: list[Weights]) -> Weights:
 
 
 def read_run(path: Path, begin: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """Elements of a file's bytes from `begin` on.
+    """Reads a run of elements of a file, from byte `begin` on.
 
     Raises:
         CheckpointError: if the file ends before.

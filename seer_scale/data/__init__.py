@@ -1,4 +1,4 @@
-"""From encoded images to micro-batches of crops."""
+"""From encoded images, near or far, to micro-batches of crops."""
 
 from seer_scale.data.augment import MultiCrop
 from seer_scale.data.batches import BadSample, MicroBatch

@@ -13,18 +13,18 @@ _ANY_ADDRESS = re.compile(r"\w[\w+.-]*://[^\s'\"]+")
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is an address, not a path of this machine."""
+    """Returns whether `path` is an address, not a path on this machine."""
     return _ADDRESS.match(path) is not None
 
 
 def protocol_of(url: str) -> str:
-    """What stands before `://`; empty for a local path."""
+    """Returns the protocol before `://` in lower case; empty for a local path."""
     match = _ADDRESS.match(url)
     return match[1].lower() if match else ""
 
 
 def redact(text: str) -> str:
-    """`text` without what addresses in it carry of user names, passwords and signatures."""
+    """Returns `text` with user names, passwords and signatures removed from its addresses."""
     if "://" not in text:
         return text
     if is_remote(text):
@@ -36,20 +36,24 @@ def _strip(address: str) -> str:
     if not any(sign in address for sign in "@?#"):
         return address
     address = re.sub(r"://[^/]*@", "://", address)
-    # Elsewhere than in HTTP, a question mark without assignments is a wildcard.
+    # Outside HTTP, a question mark without assignments is a wildcard.
     secret = r"[?#].*" if address.lower().startswith("http") else r"\?.*=.*"
     return re.sub(secret, "?...", address)
 
 
 def server_of(url: str) -> str:
-    """Bucket or host of an address, as a sentence names it."""
+    """Returns the name of an address's server or bucket for error sentences."""
     protocol, _, rest = redact(url).partition("://")
     host = rest.partition("/")[0]
     return f"server {host}" if protocol in ("http", "https") else f"bucket {protocol}://{host}"
 
 
 def check_address(url: str) -> None:
-    """DataError where no installed package reads such addresses."""
+    """Checks that an installed package reads such addresses.
+
+    Raises:
+        DataError: no package does, or the address chains file systems.
+    """
     protocol = protocol_of(url)
     if "::" in protocol:
         raise DataError(f"data path {redact(url)} chains file systems: give the address of a file")

@@ -1,9 +1,10 @@
 """SEER's multi-crop augmentation, split into drawing parameters and applying them.
 
-SwAV (2006.09882, section 3.3 and appendix A.1) and SEER (2103.01988): random resized crop, flip,
-colour jitter, grayscale, Gaussian blur, normalisation, drawn anew for every crop. Drawing and
-applying are both pure, so that crops can be cut where the image is decoded and distorted elsewhere.
-Pixels are close to torchvision's, whose import would triple the start of a loader process.
+Multi-crop: SwAV (Caron et al. 2020, arXiv 2006.09882, section 3.3 and appendix A.1), used by SEER
+(arXiv 2103.01988). Each crop gets its own random resized crop, flip, colour jitter, grayscale and
+Gaussian blur, then normalisation. Drawing and applying are pure functions, so that one process can
+cut the crops and another device can distort them. The results are close to torchvision's; importing
+torchvision would triple the start time of a loader process.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from torch import Tensor
 from seer_scale.errors import ConfigError
 from seer_scale.preprocessing import MEAN, STD
 
-RATIO = (3 / 4, 4 / 3)
+RATIO = (3 / 4, 4 / 3)  # aspect ratios of the boxes, as in torchvision's RandomResizedCrop
 FLIP_PROBABILITY = 0.5
 JITTER_PROBABILITY = 0.8
 JITTER_STRENGTH = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue at distortion 1
 GRAYSCALE_PROBABILITY = 0.2
-BLUR_RADIUS = (0.1, 2.0)
+BLUR_RADIUS = (0.1, 2.0)  # standard deviation in pixels of the crop
 
 _ORDERS = tuple(itertools.permutations(range(len(JITTER_STRENGTH))))
-_ROUNDING = 0.4999  # just below a half, so that whole numbers stay what they are
+_ROUNDING = 0.4999  # just below 0.5, so that whole numbers do not change
 _LOG_RATIO = (math.log(RATIO[0]), math.log(RATIO[1]))
-_BOX_ATTEMPTS = 10
-_UNIFORMS = 10 + 2 * _BOX_ATTEMPTS + 2  # what one crop uses at most
+_BOX_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+_UNIFORMS = 10 + 2 * _BOX_ATTEMPTS + 2  # most random numbers that one crop uses
 
 Box = tuple[int, int, int, int]
 Pixels = NDArray[np.uint8]
@@ -47,12 +48,12 @@ class CropParameters:
     Attributes:
         size: side of the crop in pixels.
         box: left, top, right, bottom in pixels of the image.
-        flip: mirror left to right.
-        jitter: factors of brightness, contrast, saturation and the shift of hue; None leaves the
-            colours alone.
+        flip: whether to mirror left to right.
+        jitter: factors of brightness, contrast and saturation, and the shift of hue in turns; None
+            if the colours do not change.
         jitter_order: order in which these four are applied.
-        grayscale: drop the colours after the jitter.
-        blur: radius of the Gaussian blur in pixels of the crop; 0 for none.
+        grayscale: whether to drop the colours after the jitter.
+        blur: standard deviation of the Gaussian blur in pixels of the crop; 0 for no blur.
     """
 
     size: int
@@ -65,10 +66,10 @@ class CropParameters:
 
 
 def distort(crop: Pixels, parameters: CropParameters) -> Pixels:
-    """Flip, colour jitter in its order, grayscale and blur of an RGB crop uint8 `[s, s, 3]`.
+    """Flips, jitters, grays and blurs an RGB crop uint8 [size, size, 3].
 
-    Equals torchvision on Pillow images but for the rounding of hues and of the blur. The result
-    may be the crop itself, which is never written to.
+    The result equals torchvision's on Pillow images, except for the rounding of hue and blur. The
+    input is never written to; if nothing changes, the result is the input itself.
     """
     if parameters.flip:
         crop = cv2.flip(crop, 1)
@@ -88,25 +89,25 @@ def _adjust_brightness(crop: Pixels, factor: float) -> Pixels:
 
 
 def _adjust_contrast(crop: Pixels, factor: float) -> Pixels:
-    """Away from, or towards, the mean gray."""
+    """Blends with the mean gray level."""
     mean = int(cv2.mean(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))[0] + 0.5)
     return _blend(crop, factor, crop, 0.0, mean * (1 - factor))
 
 
 def _adjust_saturation(crop: Pixels, factor: float) -> Pixels:
-    """Away from, or towards, the gray image."""
+    """Blends with the gray image."""
     gray = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     return _blend(crop, factor, gray, 1 - factor, 0.0)
 
 
 def _blend(first: Pixels, weight: float, second: Pixels, other: float, offset: float) -> Pixels:
-    """Clipped and, as in Pillow, truncated; OpenCV itself rounds to nearest."""
+    """Adds weighted images, clips, and truncates as Pillow does; OpenCV alone would round."""
     blended: Pixels = cv2.addWeighted(first, weight, second, other, offset - _ROUNDING)
     return blended
 
 
 def _adjust_hue(crop: Pixels, shift: float) -> Pixels:
-    """Turns the colour circle by `shift` of a full turn, here 256 steps."""
+    """Rotates the hue by `shift` of a full turn, in steps of 1/256."""
     hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(shift * 256) % 256)  # truncated as in torchvision; wraps around
     turned: Pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
@@ -117,10 +118,11 @@ _ADJUSTMENTS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _adjus
 
 
 def _blur_kernel(radius: float) -> NDArray[np.float32]:
-    """Pillow's Gaussian of standard deviation `radius`: three box filters, as one kernel.
+    """Returns Pillow's Gaussian of standard deviation `radius`: three box filters as one kernel.
 
-    Each box has a third of the variance. It covers the 2 n + 1 pixels nearest to its middle, and
-    the next one on either side in part.
+    Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering"
+    (2011). Each box has a third of the variance. It covers the 2 n + 1 pixels around its middle,
+    and part of the next one on either side.
     """
     variance = radius**2 / 3
     n = int((math.sqrt(12 * variance + 1) - 1) / 2)
@@ -132,7 +134,10 @@ def _blur_kernel(radius: float) -> NDArray[np.float32]:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 `[..., size, size, 3]` to float32 `[..., 3, size, size]` of ImageNet's mean and std."""
+    """Normalises crops by ImageNet's mean and standard deviation.
+
+    Takes uint8 [..., size, size, 3] and returns float32 [..., 3, size, size].
+    """
     channels_first = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
     mean, std = _mean_and_std(pixels.device)
     return channels_first.div_(255).sub_(mean).div_(std)
@@ -140,23 +145,23 @@ def normalise(pixels: Tensor) -> Tensor:
 
 @cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Once per device: bringing them over would hold up the host in every step."""
+    """Copies mean and std to a device once; a copy in every step would make the host wait."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
     return mean, std
 
 
 class MultiCrop:
-    """Turns an image into `counts[i]` crops of `sizes[i]` pixels for every resolution i.
+    """Draws `counts[i]` crops of `sizes[i]` pixels for every resolution i of an image.
 
     Args:
         sizes: side of the square crops in pixels, one per resolution.
-        counts: crops per resolution.
+        counts: number of crops, one per resolution.
         scales: smallest and largest share of the image's area, one pair per resolution.
-        color_distortion: strength of the colour jitter; 1 is SimCLR's, SwAV's and SEER's.
+        color_distortion: strength of the colour jitter; 1 as in SimCLR, SwAV and SEER.
         blur_probability: share of the crops that are blurred.
 
     Raises:
-        ConfigError: lengths that differ, or a value outside its range.
+        ConfigError: the lengths differ, or a value is outside its range.
     """
 
     def __init__(
@@ -192,13 +197,13 @@ class MultiCrop:
         self._ranges.append((-spans[3], spans[3]))
 
     def draw(self, rng: np.random.Generator, width: int, height: int) -> list[CropParameters]:
-        """Parameters of every crop of a `width` x `height` image, first resolution first."""
+        """Draws the parameters of all crops of an image of `width` x `height` pixels."""
         crops = [
             (size, scale)
             for size, count, scale in zip(self.sizes, self.counts, self.scales, strict=True)
             for _ in range(count)
         ]
-        # Always as many numbers per crop, so that one crop's draws never shift those of the next.
+        # Each crop takes the same number of draws, so that crops do not influence each other.
         uniforms = rng.random((len(crops), _UNIFORMS)).tolist()
         return [
             self._draw_crop(row, size, scale, width, height)
@@ -238,10 +243,10 @@ def _within(limits: tuple[float, float], uniform: float) -> float:
 
 
 def _draw_box(uniform: list[float], scale: tuple[float, float], width: int, height: int) -> Box:
-    """A box of random area and aspect ratio inside the image.
+    """Draws a box of random area and aspect ratio inside the image.
 
-    Distributed as in torchvision's RandomResizedCrop: up to ten attempts, then the largest
-    central box whose aspect ratio is allowed.
+    The distribution is that of torchvision's RandomResizedCrop: up to ten attempts, then the
+    largest central box with an allowed aspect ratio.
     """
     for first in range(0, 2 * _BOX_ATTEMPTS, 2):
         area = width * height * _within(scale, uniform[first])

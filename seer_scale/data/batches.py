@@ -1,11 +1,12 @@
-"""One micro-batch from its positions in the stream: read, decode, cut, and distort if it is asked.
+"""Makes a micro-batch from its positions in the stream: reads, decodes, cuts and distorts.
 
-Broken images are replaced by the next good one of their window, so that batches stay full, and
-reported. Everything follows from (seed, collection, position), whoever does it and when.
+A broken image is reported and replaced by the next good one of its window, so that batches stay
+full. The result depends only on (seed, collection, position).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from typing import Literal, NamedTuple
@@ -29,22 +30,22 @@ Pixels = NDArray[np.uint8]
 
 
 class BadSample(NamedTuple):
-    """An image that could not be used, and why."""
+    """An image that could not be used, and the cause."""
 
     name: str
     cause: str
 
 
 class MicroBatch(NamedTuple):
-    """What one rank feeds through the model at once.
+    """The B images that one rank feeds through the model at once.
 
     Attributes:
         crops: one tensor per resolution, crop-major: crop 0 of all samples, then crop 1 of all
-            samples. From a loader uint8 `[count * B, size, size, 3]`; for the model, once
-            `device.finish` is through with it, float32 `[count * B, 3, size, size]`.
-        parameters: `[count * B, P]` per resolution, what is still to be done with each crop on the
-            device; None if the host has done all.
-        sample_ids: `[B]` int64, the numbers of the images that were really read.
+            samples. A loader gives uint8 [count * B, size, size, 3]; `device.finish` makes it
+            float32 [count * B, 3, size, size] for the model.
+        parameters: float32 [count * B, P] per resolution: the distortions that are left for the
+            device; None if the host has done all of them.
+        sample_ids: int64 [B], numbers of the images that were really read.
         bad: the images that were replaced.
     """
 
@@ -55,7 +56,7 @@ class MicroBatch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image's crops, in the order of the transform's resolutions."""
+    """The crops of one image, in the order of the transform's resolutions."""
 
     crops: list[Pixels]
     parameters: list[CropParameters]
@@ -64,15 +65,15 @@ class Sample(NamedTuple):
 
 
 class BatchMaker:
-    """Makes micro-batches of a collection; used by several threads at once.
+    """Makes micro-batches of a collection; several threads may use one maker at once.
 
     Args:
-        source: where the images come from.
-        order: which of them stands where.
-        transform: draws the crops.
-        seed: of the augmentation.
+        source: the collection of images.
+        order: the order of the images in the stream.
+        transform: draws the parameters of the crops.
+        seed: seed of the augmentation.
         origin: position in the stream at which this collection came into use.
-        augment_on: who distorts the crops' colours: the host here, or the device later.
+        augment_on: where crops are distorted: on the host here, or later on the device.
     """
 
     def __init__(
@@ -87,33 +88,63 @@ class BatchMaker:
     ) -> None:
         self._source, self._order, self._transform = source, order, transform
         self._seed, self._origin, self._augment_on = seed, origin, augment_on
+        self._reading: dict[int, tuple[int, float]] = {}  # position -> image, and when it began
+        self._fetched: dict[int, Future[bytes]] = {}  # position -> its image, read ahead
 
-    def start(self, positions: Sequence[int], pool: Executor) -> list[Future[Sample]]:
-        """Has the samples of a micro-batch made by a pool of threads."""
+    def reading(self) -> tuple[int, float] | None:
+        """Returns the number of the image that threads have been reading longest, and since when.
+
+        The time is `time.monotonic`'s; None if no thread reads an image.
+        """
+        return min(list(self._reading.values()), key=lambda one: one[1], default=None)
+
+    def name(self, index: int) -> str:
+        """Returns the name of an image."""
+        return self._source.name(index)
+
+    def start(
+        self, positions: Sequence[int], pool: Executor, fetchers: Executor | None = None
+    ) -> list[Future[Sample]]:
+        """Starts making the samples of a micro-batch in a pool of threads.
+
+        Args:
+            positions: positions of the samples in the stream.
+            pool: threads that read, decode and cut.
+            fetchers: threads that read ahead, for sources that wait for a server; or None.
+        """
+        if fetchers is not None:
+            for position in positions:
+                index = self._order.index(self._order.place(position - self._origin))
+                self._fetched[position] = fetchers.submit(self._source.read, index)
         return [pool.submit(self.sample, position) for position in positions]
 
     def sample(self, position: int) -> Sample:
-        """The crops of the sample at `position`, or of the next good image of its window.
+        """Makes the sample at `position`, from its image or the next good image of its window.
 
         Raises:
-            DataError: none of the next `MAX_REPLACEMENTS` images can be used.
+            DataError: `MAX_REPLACEMENTS` images in a row, or the whole window, cannot be used.
         """
         place = self._order.place(position - self._origin)
         bad: list[BadSample] = []
         for skip in range(min(MAX_REPLACEMENTS, self._order.window_size(place))):
             index = self._order.index(place, skip)
+            self._reading[position] = (index, time.monotonic())
             try:
-                crops, parameters = self._crops(index, position)
+                fetched = self._fetched.pop(position, None)
+                data = fetched.result() if fetched else self._source.read(index)
+                crops, parameters = self._crops(data, position)
             except (BadImage, OSError) as error:
                 bad.append(BadSample(self._source.name(index), cause_of(error)))
             else:
                 return Sample(crops, parameters, index, bad)
+            finally:
+                del self._reading[position]
         raise self._hopeless(place, bad)
 
-    def _crops(self, index: int, position: int) -> tuple[list[Pixels], list[CropParameters]]:
+    def _crops(self, data: bytes, position: int) -> tuple[list[Pixels], list[CropParameters]]:
         rng = sample_rng(self._seed, position)
         crops, parameters = cut_crops(
-            self._source.read(index), lambda width, height: self._transform.draw(rng, width, height)
+            data, lambda width, height: self._transform.draw(rng, width, height)
         )
         if self._augment_on == "host":
             crops = [distort(crop, chosen) for crop, chosen in zip(crops, parameters, strict=True)]
@@ -126,7 +157,7 @@ class BatchMaker:
         )
 
     def join(self, samples: Sequence[Sample]) -> MicroBatch:
-        """A micro-batch of samples, crop-major."""
+        """Joins samples into a micro-batch, crop-major."""
         crops: list[Tensor] = []
         parameters: list[Tensor] = []
         first = 0

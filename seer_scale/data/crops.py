@@ -1,10 +1,10 @@
-"""Encoded bytes to uint8 crops, decoding no more pixels than the crops need.
+"""Cuts uint8 crops from an encoded image and decodes no more pixels than the crops need.
 
-The header tells the size, the crops are drawn, and only then is the image decoded: a JPEG at the
-smallest scale of its cosine transform at which no crop would have to be enlarged, which spares most
-of the work on large photographs. Anything but a sound ordinary JPEG goes through Pillow, with the
-same crops. In a process that cuts crops in several threads, OpenCV and torch should use one thread
-each (`cv2.setNumThreads(1)`, `torch.set_num_threads(1)`); all heavy calls release the GIL.
+The size is read from the header, then the crops are drawn, then the image is decoded. A JPEG is
+decoded at the smallest scale of its cosine transform at which no crop has to be enlarged, which
+saves most of the work on large photographs. All other files, and damaged JPEGs, go through Pillow
+with the same crops. A process that cuts crops in several threads should give OpenCV and torch one
+thread each (`cv2.setNumThreads(1)`, `torch.set_num_threads(1)`); all heavy calls release the GIL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from seer_scale.data.augment import Box, CropParameters, Pixels
 from seer_scale.data.decode import MAX_PIXELS, BadImage, check_scans, decode
 
-# Scales with a fast inverse transform; 3/8 takes as long as 4/8, more than that longer than 8/8.
+# Scales with a fast inverse transform: 3/8 takes as long as 4/8, and 5/8 to 7/8 longer than 8/8.
 _EIGHTHS = (1, 2, 4, 8)
 _RESIZE = torch.ops.aten._upsample_bilinear2d_aa.out
 _PROGRESSIVE = 0xC2
@@ -31,11 +31,11 @@ _ORIENTATION = 0x0112
 
 
 class _Header(NamedTuple):
-    """What is known of a JPEG before it is decoded; sizes are those of the stored rows."""
+    """Facts of a JPEG's header; width and height in pixels, before EXIF's rotation."""
 
     width: int
     height: int
-    orientation: int  # of EXIF, 1 to 8
+    orientation: int  # EXIF's, 1 to 8
 
 
 def cut_crops(
@@ -44,19 +44,19 @@ def cut_crops(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Pixels], list[CropParameters]]:
-    """Cuts crops out of an encoded image: cropped and resized, neither flipped nor distorted.
+    """Cuts crops out of an encoded image: crops and resizes, but neither flips nor distorts.
 
     Args:
-        data: the file's bytes; what they are is seen from the bytes, not from a name.
-        draw: parameters of the crops of an image of the given width and height in pixels, upright
-            as EXIF says. Depends on nothing else, so neither do they.
-        max_pixels: width times height above which an image is not decoded.
+        data: bytes of the file; they alone decide the format.
+        draw: returns the parameters of the crops, given width and height in pixels after EXIF's
+            rotation.
+        max_pixels: largest width times height that is decoded.
 
     Returns:
-        One array uint8 `[size, size, 3]` per crop, RGB, and the parameters as drawn.
+        One RGB array uint8 [size, size, 3] per crop, and the parameters as drawn.
 
     Raises:
-        BadImage: the causes of `decode`.
+        BadImage: for the causes of `decode`.
     """
     header = _read_header(data) if data.startswith(b"\xff\xd8\xff") else None
     if header is None:
@@ -70,14 +70,14 @@ def cut_crops(
         width, height = (header.height, header.width) if turned else (header.width, header.height)
         parameters = draw(width, height)
         pixels = _decode_jpeg(data, header, smallest_scale(parameters), max_pixels)
-    # The decoded image is the whole one at a smaller scale, rounded up to whole pixels.
+    # `pixels` is the whole image at a smaller scale, rounded up to whole pixels.
     scale_x, scale_y = pixels.shape[1] / width, pixels.shape[0] / height
     crops = [_resize(_view(pixels, crop.box, scale_x, scale_y), crop.size) for crop in parameters]
     return crops, parameters
 
 
 def smallest_scale(parameters: list[CropParameters]) -> int:
-    """Eighths of the full size at which every box still has the pixels of its crop."""
+    """Returns the smallest scale, in eighths, at which no box is smaller than its crop."""
     needed = 0.0
     for crop in parameters:
         left, top, right, bottom = crop.box
@@ -86,7 +86,7 @@ def smallest_scale(parameters: list[CropParameters]) -> int:
 
 
 def _decode_jpeg(data: bytes, header: _Header, eighths: int, max_pixels: int) -> Pixels:
-    """Upright pixels `[height, width, 3]` at `eighths` of the size, or full size from Pillow."""
+    """Decodes upright pixels [height, width, 3] at `eighths` of the size; Pillow: at full size."""
     try:
         pixels = simplejpeg.decode_jpeg(
             data,
@@ -94,8 +94,8 @@ def _decode_jpeg(data: bytes, header: _Header, eighths: int, max_pixels: int) ->
             min_width=-(-header.width * eighths // 8),
         )
     except ValueError as error:
-        # Compressed data that end early or make no sense leave a gray or smeared image, which
-        # Pillow would pass. Stray bytes between segments do no harm.
+        # Truncated or corrupt data leave a gray or smeared image, which Pillow would accept. Stray
+        # bytes between segments do no harm.
         message = str(error)
         if message.startswith("Corrupt JPEG data") and "extraneous bytes" not in message:
             raise BadImage("damaged") from error
@@ -104,7 +104,7 @@ def _decode_jpeg(data: bytes, header: _Header, eighths: int, max_pixels: int) ->
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """A view of the stored rows turned and mirrored as EXIF says."""
+    """Returns a view of the pixels, rotated and mirrored by EXIF's orientation."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -115,7 +115,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _view(pixels: Pixels, box: Box, scale_x: float, scale_y: float) -> Pixels:
-    """The part of the decoded image that a box of the full-size image covers."""
+    """Returns the part of the decoded image inside a box, which is given at full size."""
     left, top, right, bottom = box
     left, right = round(left * scale_x), round(right * scale_x)
     top, bottom = round(top * scale_y), round(bottom * scale_y)
@@ -123,9 +123,9 @@ def _view(pixels: Pixels, box: Box, scale_x: float, scale_y: float) -> Pixels:
 
 
 def _resize(view: Pixels, size: int) -> Pixels:
-    """Bilinear with antialiasing: Pillow's own filter, in torch's vectorised form."""
+    """Resizes bilinearly with antialiasing: Pillow's filter, in torch's vectorised form."""
     image, crops = np.ascontiguousarray(view)[None], np.empty((1, size, size, 3), np.uint8)
-    # Given where to write, torch keeps the pixels interleaved; on its own it would separate them.
+    # With `out`, torch keeps the three colours of a pixel together; otherwise it separates them.
     out = torch.from_numpy(crops).permute(0, 3, 1, 2)
     _RESIZE(torch.from_numpy(image).permute(0, 3, 1, 2), (size, size), False, out=out)
     crop: Pixels = crops[0]
@@ -133,13 +133,13 @@ def _resize(view: Pixels, size: int) -> Pixels:
 
 
 def _read_header(data: bytes) -> _Header | None:
-    """Walks over the segments up to the first scan; None for what the fast decoder cannot do."""
+    """Reads the segments before the first scan; returns None if the fast decoder cannot do it."""
     width = height = components = 0
     orientation, progressive = 1, False
     position, end = 2, len(data)
     while position + 10 <= end and data[position] == 0xFF:
         marker = data[position + 1]
-        if marker == 0xFF:  # any number of fill bytes may stand before a marker
+        if marker == 0xFF:  # fill bytes may stand before a marker
             position += 1
             continue
         if marker in _HUFFMAN_FRAMES:
@@ -161,7 +161,7 @@ def _read_header(data: bytes) -> _Header | None:
 
 
 def _read_orientation(tiff: bytes) -> int:
-    """Orientation in an EXIF block; 1, upright, if the block does not tell or is broken."""
+    """Reads the orientation of an EXIF block; 1 (upright) if it is missing or broken."""
     order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
     if order is None:
         return 1

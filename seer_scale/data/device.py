@@ -1,4 +1,4 @@
-"""Micro-batches on the device, ready for the model: copied and finished while it still computes."""
+"""Micro-batches on the device, copied and augmented while the model computes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def finish(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> MicroBatch:
-    """The micro-batch with its crops on `device` as float32 `[count * B, 3, size, size]`.
+    """Moves crops to `device` and finishes them there: float32 [count * B, 3, size, size].
 
-    What the host left undone is done there, all crops of a resolution at once. Every layer of the
-    trunk keeps the memory format that its crops come in.
+    The device distorts what the host did not, all crops of a resolution at once. The crops get the
+    given memory format, which every layer of the trunk keeps.
     """
     crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
     if batch.parameters is None:
@@ -32,7 +32,7 @@ def finish(
 
 
 class DeviceBatches(Iterator[MicroBatch]):
-    """Finished micro-batches of a loader; on a GPU one ahead, on a stream of its own."""
+    """Iterates over finished micro-batches; a GPU prepares one in advance, on its own stream."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class DeviceBatches(Iterator[MicroBatch]):
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for crop in batch.crops:
-            crop.record_stream(current)  # or its memory would be reused while the model reads it
+            crop.record_stream(current)  # so that its memory is not reused while the model reads
         self._ahead = self._begin(self._stream)
         return batch
 

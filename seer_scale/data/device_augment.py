@@ -1,12 +1,12 @@
-"""The photometric half of the augmentation for a batch at once, on the device of the crops.
+"""The photometric half of the augmentation, for a whole batch on the device of the crops.
 
-The same operations as `augment.distort`, with per-sample parameters as columns of one tensor: flip,
-colour jitter in every sample's own order, grayscale, Gaussian blur, normalisation. Nothing depends
-on the values, so that the host never waits for the device and the batch may be compiled.
+The operations are those of `augment.distort`: flip, colour jitter in each sample's own order,
+grayscale, Gaussian blur, normalisation. The parameters are columns of one tensor. The control flow
+does not depend on values, so the host never waits for the device and the batch can be compiled.
 
-Values stay float32 in 0 to 255 and are clamped after every operation, as torchvision does with
-float tensors. Pillow also rounds to integers after each; that is the whole difference to it, but
-for hue, which Pillow keeps in 256 steps.
+Values are whole numbers from 0 to 255 in float32. Brightness, contrast and saturation cut the
+fraction off as Pillow does, and gray is Pillow's: without the cut, images would be half a level
+brighter per adjustment than those of the host. Hue is rounded, where Pillow keeps it in 256 steps.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from seer_scale.preprocessing import MEAN, STD
 
 # Columns of the packed parameters.
 FLIP, GRAYSCALE, BLUR = 0, 9, 10
-FACTORS = slice(1, 5)  # of brightness, contrast, saturation; the shift of hue
-ORDER = slice(5, 9)  # which of these four comes first, second, ...
+FACTORS = slice(1, 5)  # factors of brightness, contrast, saturation; the shift of hue
+ORDER = slice(5, 9)  # the numbers of these four in the order of their application
 COLUMNS = 11
 
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3
 _UNCHANGED = (1.0, 1.0, 1.0, 0.0)
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
-# Where red, green and blue stand on the colour circle, in turns: see `_shift_hue_`.
+# ITU-R BT.601 in 65536ths, as Pillow's mode L. The sums are below 2**24, so exact in float32.
+_LUMA, _ONE = (19595, 38470, 7471), 65536
+# Phases of red, green and blue on the colour circle, in turns: see `_shift_hue_`.
 _PHASES = (5 / 6, 3 / 6, 1 / 6)
-_BOXES = 3  # passes of a box filter that stand for a Gaussian in Pillow
+_BOXES = 3  # box filters by which Pillow approximates a Gaussian
 
 
 def pack(parameters: Sequence[CropParameters]) -> Tensor:
-    """One row of float32 per crop, `[N, COLUMNS]`, in the host's memory.
+    """Packs the parameters of N crops into a tensor float32 [N, COLUMNS] on the host.
 
     A crop without jitter gets factors that change nothing.
 
     Raises:
-        ValueError: a blur beyond the largest radius that `distort_batch` has room for.
+        ValueError: a blur exceeds the largest radius of `distort_batch`.
     """
     rows = []
     for crop in parameters:
@@ -56,12 +57,12 @@ def distort_batch(crops: Tensor, parameters: Tensor) -> Tensor:
     """Distorts and normalises crops of one size.
 
     Args:
-        crops: uint8 `[N, size, size, 3]`.
-        parameters: rows of `pack`, `[N, COLUMNS]`, on the same device.
+        crops: uint8 [N, size, size, 3].
+        parameters: rows of `pack`, float32 [N, COLUMNS], on the device of the crops.
 
     Returns:
-        float32 `[N, 3, size, size]`, of ImageNet's mean and standard deviation. A row depends on
-        no other row; its last bits may depend on how many there are.
+        float32 [N, 3, size, size], normalised by ImageNet's mean and standard deviation. Each row
+        is independent of the others, except that its last bits may depend on N.
     """
     flip = parameters[:, FLIP].view(-1, 1, 1, 1) > 0
     upright = torch.where(flip, crops.flip(2), crops)
@@ -77,10 +78,10 @@ def distort_batch(crops: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _jitter_(pixels: Tensor, parameters: Tensor) -> None:
-    """The four adjustments, in the order of each sample.
+    """Applies the four adjustments in place, in the order of each sample.
 
-    Hue costs as much as all others, so it is done once for everybody: first what comes before it
-    in a sample's order, then hue, then what comes after.
+    Hue costs as much as the other three together, so it is computed once for all samples: first the
+    adjustments before hue in each sample's order, then hue, then the rest.
     """
     order = parameters[:, ORDER].long()
     factors = parameters[:, FACTORS]
@@ -94,32 +95,35 @@ def _jitter_(pixels: Tensor, parameters: Tensor) -> None:
 def _adjust_(
     pixels: Tensor, factors: Tensor, order: Tensor, concerned: Tensor, places: Sequence[int]
 ) -> None:
-    """Brightness, contrast, saturation at `places` of `order`, where `concerned`; all `[N, 4]`."""
+    """Applies brightness, contrast and saturation at `places`, where `concerned`; all [N, 4]."""
     keep = torch.where(concerned, factors.gather(1, order), 1.0)
-    of_gray = (1 - keep) * (order == _SATURATION)
-    of_mean = (1 - keep) * (order == _CONTRAST)
+    with_gray = (order == _SATURATION).float()
+    with_mean = (order == _CONTRAST).float()
     for place in places:
-        _blend_(pixels, keep[:, place], of_gray[:, place], of_mean[:, place])
+        _blend_(pixels, keep[:, place], with_gray[:, place], with_mean[:, place])
 
 
-def _blend_(pixels: Tensor, keep: Tensor, of_gray: Tensor, of_mean: Tensor) -> None:
-    """`pixels * keep + gray * of_gray + mean(gray) * of_mean`, clamped; three factors `[N]`.
+def _blend_(pixels: Tensor, keep: Tensor, with_gray: Tensor, with_mean: Tensor) -> None:
+    """Computes `other + keep * (pixels - other)` in place, clamps, and cuts the fraction off.
 
-    Brightness blends with black, saturation with the gray image, contrast with its mean.
+    The three factors are [N]. `other` is the gray image where `with_gray` is 1 (saturation), its
+    mean where `with_mean` is 1 (contrast), and else black (brightness). With `keep` 1 whole numbers
+    stay as they are.
     """
     gray = _gray(pixels)
-    mean = gray.mean((1, 2))
-    gray.mul_(_per_row(of_gray)).add_(_per_row(of_mean * mean))
-    pixels.mul_(_per_row(keep).unsqueeze(1)).add_(gray.unsqueeze(1)).clamp_(0, 255)
+    mean = gray.mean((1, 2)).add_(0.5).floor_()
+    other = gray.mul_(_per_row(with_gray)).add_(_per_row(with_mean * mean)).unsqueeze(1)
+    pixels.sub_(other).mul_(_per_row(keep).unsqueeze(1)).add_(other).clamp_(0, 255).floor_()
 
 
 def _gray(pixels: Tensor) -> Tensor:
     red, green, blue = pixels.unbind(1)
-    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    sums = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    return sums.add_(_ONE // 2).mul_(1 / _ONE).floor_()
 
 
 def _shift_hue_(pixels: Tensor, shift: Tensor) -> None:
-    """Turns the colour circle by `shift` `[N]` of a full turn.
+    """Rotates the hue of each sample by `shift` [N] of a full turn, in place; rounds.
 
     In HSV, with value V, chroma C = V - minimum and hue h in turns, a channel of phase p is
     V - C * clamp(min(k, 4 - k), 0, 1) where k = 6 h + 6 p modulo 6.
@@ -127,7 +131,7 @@ def _shift_hue_(pixels: Tensor, shift: Tensor) -> None:
     red, green, blue = pixels.unbind(1)
     value = torch.maximum(red, green).maximum(blue)
     chroma = value - torch.minimum(red, green).minimum(blue)
-    # A gray pixel has no hue: chroma 0 cancels whatever comes out.
+    # A gray pixel has no hue: its chroma of 0 cancels the result.
     inverse = chroma.clamp(min=1e-6).reciprocal_()
     sixths = torch.where(
         value == red,
@@ -138,19 +142,19 @@ def _shift_hue_(pixels: Tensor, shift: Tensor) -> None:
             (red - green).mul_(inverse).add_(4),
         ),
     )
-    turns = sixths.div_(6).add_(_per_row(shift + 1))  # + 1: `frac` wants it positive
+    turns = sixths.div_(6).add_(_per_row(shift + 1))  # + 1: `frac` needs positive values
     base = value.sub_(chroma, alpha=2)
     for channel, phase in enumerate(_PHASES):
         k = (turns + phase).frac_().mul_(6)
         # min(k, 4 - k) is 2 - |k - 2|
-        pixels[:, channel] = k.sub_(2).abs_().clamp_(1, 2).mul_(chroma).add_(base)
+        pixels[:, channel] = k.sub_(2).abs_().clamp_(1, 2).mul_(chroma).add_(base).round_()
 
 
 def _blur(pixels: Tensor, radius: Tensor) -> Tensor:
-    """Gaussian blur of `radius` `[N]` pixels, 0 for none, by Pillow's kernel.
+    """Blurs each sample by a Gaussian of `radius` [N] pixels (0: no blur), with Pillow's kernel.
 
-    Pillow runs a box filter three times over rows and columns; here the three are one kernel.
-    Beyond the border the outermost pixel is repeated, once instead of before each of the three.
+    Pillow runs three box filters over rows and columns; here the three are one kernel. Border
+    pixels are repeated once, not before each of the three filters.
     """
     kernel = _kernel(radius)
     count, channels, height, width = pixels.shape
@@ -165,9 +169,9 @@ def _blur(pixels: Tensor, radius: Tensor) -> Tensor:
 
 
 def _kernel(radius: Tensor) -> Tensor:
-    """Weights `[N, taps]` of three box filters in a row that have the variance of the Gaussian.
+    """Returns kernels [N, taps] of three box filters in a row, with the variance of the Gaussian.
 
-    A box of radius b weighs pixels at distance d by clamp(b + 1 - d, 0, 1), as Gwosdek et al.,
+    A box of radius b weighs pixels at distance d by clamp(b + 1 - d, 0, 1): Gwosdek et al.,
     "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering" (2011).
     """
     variance = radius.square() / _BOXES
@@ -184,7 +188,7 @@ def _kernel(radius: Tensor) -> Tensor:
 
 
 def _box_reach(radius: float) -> int:
-    """Pixels to each side that a box filter for `radius` touches."""
+    """Returns the pixels to each side that a box filter for `radius` touches."""
     return math.floor((math.sqrt(12 * radius**2 / _BOXES + 1) - 1) / 2) + 1
 
 

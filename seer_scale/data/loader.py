@@ -1,92 +1,87 @@
-"""The endless stream of micro-batches of one rank, made by threads of a process of its own.
+"""The stream of one rank's micro-batches: made by a process of its own, or where it is read.
 
-Threads share what they read and need no copy between them, since decoding and resizing let go of
-Python's lock. They are not the trainer's threads, because whatever holds that lock there holds up
-the launch of kernels. Workers only change when a micro-batch is ready, never what is in it.
+The number of workers decides only when a micro-batch is ready, never its content.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import cv2
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from seer_scale.data.augment import MultiCrop
-from seer_scale.data.batches import BatchMaker, MicroBatch, Sample
+from seer_scale.data.batches import BatchMaker, MicroBatch
 from seer_scale.data.order import Order, rank_positions
+from seer_scale.data.pipeline import Pipeline, Stalled
 from seer_scale.data.sources import Source
-from seer_scale.errors import DataError
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class _Pipeline(IterableDataset[MicroBatch | DataError]):
-    """Micro-batches in their order, the samples of the next few under way meanwhile."""
-
-    def __init__(
-        self,
-        maker: BatchMaker,
-        positions: Callable[[], Iterator[range]],
-        threads: int,
-        prefetch: int,
-    ) -> None:
-        self._maker, self._positions = maker, positions
-        self._threads, self._prefetch = threads, prefetch
-
-    def __iter__(self) -> Iterator[MicroBatch | DataError]:
-        pool = ThreadPoolExecutor(max(1, self._threads))
-        positions = self._positions()
-        under_way: deque[list[Future[Sample]]] = deque()
-        try:
-            while True:
-                while len(under_way) <= self._prefetch:
-                    under_way.append(self._maker.start(next(positions), pool))
-                samples = [sample.result() for sample in under_way.popleft()]
-                yield self._maker.join(samples)
-        except DataError as error:
-            # Raised here, it would reach the user wrapped in the traceback of a worker.
-            yield error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+from seer_scale.data.tars import TarShards
+from seer_scale.data.worker import Worker
 
 
 class MicroBatchLoader(Iterator[MicroBatch]):
-    """An iterator without end that owns its worker process; use it as a context or close it."""
+    """Endless iterator over a pipeline's micro-batches; use it as a context manager, or close it.
 
-    def __init__(self, batches: DataLoader[MicroBatch | DataError]) -> None:
-        # Started while stop signals are blocked, all children inherit the block: Ctrl-C and the
-        # launcher's SIGTERM are the trainer's to handle, which still needs its next batches.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        try:
-            self._iterator: Iterator[MicroBatch | DataError] | None = iter(batches)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    If there are GPUs, micro-batches come in pinned memory, one of them prepared by a thread.
+
+    Args:
+        pipeline: makes the micro-batches.
+        ahead: micro-batches that a process of its own has ready; 0 runs the pipeline where the
+            micro-batches are asked for.
+
+    Attributes:
+        worker: the process of the pipeline, if it has one.
+    """
+
+    def __init__(self, pipeline: Pipeline, ahead: int) -> None:
+        self.worker = Worker(pipeline, ahead) if ahead else None
+        self._items: Iterator[MicroBatch | Stalled] | None = self.worker or iter(pipeline)
+        self._pinner = ThreadPoolExecutor(1) if torch.cuda.is_available() else None
+        self._pinned: Future[MicroBatch] | None = None
 
     def __next__(self) -> MicroBatch:
-        if self._iterator is None:
+        """Returns the next micro-batch; an image that takes long is named on standard error.
+
+        Raises:
+            DataError: too many images cannot be used, or the process of the pipeline is lost.
+        """
+        if self._items is None:
             raise StopIteration
-        item = next(self._iterator)
-        if isinstance(item, DataError):
-            raise item
+        if self._pinner is None:
+            return self._take(self._items)
+        batch = (self._pinned or self._pinner.submit(self._take_pinned, self._items)).result()
+        self._pinned = self._pinner.submit(self._take_pinned, self._items)
+        return batch
+
+    def _take(self, items: Iterator[MicroBatch | Stalled]) -> MicroBatch:
+        while isinstance(item := next(items), Stalled):
+            rank = os.environ.get("RANK", "0")
+            print(
+                f"warning: rank {rank} has been reading {item.name} for {item.seconds:.0f} s: does "
+                "its disk or server still answer? The run waits, at most run.hang_minutes",
+                file=sys.stderr,
+                flush=True,
+            )
         return item
 
+    def _take_pinned(self, items: Iterator[MicroBatch | Stalled]) -> MicroBatch:
+        batch = self._take(items)
+        return batch._replace(
+            crops=[crop.pin_memory() for crop in batch.crops],
+            parameters=batch.parameters and [rows.pin_memory() for rows in batch.parameters],
+        )
+
     def close(self) -> None:
-        """Ends the worker; no batches come afterwards."""
-        workers = getattr(self._iterator, "_workers", [])
-        self._iterator = None  # asks them to end, and waits some seconds
-        for worker in workers:
-            if worker.is_alive():  # in the middle of a read that is tried again and again
-                worker.kill()
+        """Ends the process; the iterator is then exhausted."""
+        self._items = None
+        if self.worker is not None:
+            self.worker.close()
+        if self._pinner is not None:
+            self._pinner.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
@@ -111,22 +106,22 @@ def build_loader(
     workers: int,
     prefetch: int = 4,
 ) -> MicroBatchLoader:
-    """Micro-batches of `rank` from the sample at position `first_sample` on.
+    """Builds the loader of `rank`'s micro-batches, from position `first_sample` on.
 
     Args:
-        source: where the images come from.
-        transform: draws the crops of an image.
-        seed: of sample order and augmentation.
+        source: the collection of images.
+        transform: draws the parameters of the crops.
+        seed: seed of sample order and augmentation.
         micro_batch_size: images per micro-batch and rank.
         gradient_accumulation: micro-batches per step.
-        rank: this rank.
-        world_size: ranks that share each step.
-        first_sample: samples that all ranks together have seen before.
-        origin: how many of them came before this collection was in use.
-        window: shards whose images are mixed with each other.
-        augment_on: who distorts the crops; see `MicroBatch`.
-        workers: threads that read and cut, in one process; 0 does it in the caller's thread.
-        prefetch: micro-batches that are made ahead.
+        rank: number of this rank.
+        world_size: number of ranks that share each step.
+        first_sample: number of samples that all ranks together have seen before.
+        origin: number of samples seen before this collection came into use.
+        window: number of shards whose images are mixed with each other.
+        augment_on: where crops are distorted; see `MicroBatch`.
+        workers: threads of the worker process; 0 works in the caller's thread instead.
+        prefetch: micro-batches prepared in advance.
     """
     order = Order(source.shard_sizes, seed=seed, version=source.version, window=window)
     maker = BatchMaker(source, order, transform, seed=seed, origin=origin, augment_on=augment_on)
@@ -138,52 +133,26 @@ def build_loader(
         rank=rank,
         world_size=world_size,
     )
-    options: dict[str, Any] = {}
-    if workers:
-        options = {
-            "num_workers": 1,
-            "prefetch_factor": max(1, prefetch),
-            "multiprocessing_context": _worker_context(),
-            "worker_init_fn": _init_worker,
-        }
-    return MicroBatchLoader(
-        DataLoader(
-            _Pipeline(maker, positions, workers, prefetch if workers else 0),
-            batch_size=None,  # an item is a whole micro-batch already
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or it would draw from the trainer's own
-            **options,
-        )
+    pipeline = Pipeline(
+        maker,
+        positions,
+        threads=workers,
+        ahead=prefetch if workers else 0,
+        fetchers=source.fetchers if isinstance(source, TarShards) and workers else 0,
     )
+    return MicroBatchLoader(pipeline, max(1, prefetch) if workers else 0)
 
 
-def _unchanged(item: Any) -> Any:
-    return item
+def most_micro_batches(prefetch: int) -> int:
+    """Counts the micro-batches that one rank's loader has in memory at most.
 
-
-def _worker_context() -> multiprocessing.context.BaseContext:
-    """Workers are forked from a clean server process.
-
-    Forking the trainer itself would copy the locks of its communication threads in whatever state
-    they are; spawning would import torch anew for every rank instead of once.
+    As many as are prepared ahead wait for the trainer, as many more and one are made, and two are
+    in the hands of the loader's threads and of the trainer.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+    return 2 * prefetch + 3
 
 
-def _init_worker(_: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    cv2.setNumThreads(1)  # the pipeline's own threads are as many as are asked for
-    # Batches are prefetched; a trainer that wakes for a collective must not queue behind them.
-    os.nice(19)
-    # torch's own watch looks at the parent process, which here is the server, not the trainer.
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-
-
-def _end_with_trainer() -> None:
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
+def loader_bytes(transform: MultiCrop, micro_batch_size: int, prefetch: int) -> int:
+    """Computes the memory in bytes that the micro-batches of one rank's loader take at most."""
+    crops = sum(c * size**2 for size, c in zip(transform.sizes, transform.counts, strict=True))
+    return most_micro_batches(prefetch) * micro_batch_size * crops * 3

@@ -1,7 +1,8 @@
-"""Files behind an address such as `https://host/shard.tar` or `s3://bucket/shard.tar`.
+"""Remote files at an address such as `https://host/shard.tar` or `s3://bucket/shard.tar`.
 
-Networks fail for moments: whatever may pass is tried again, a download goes on where it broke.
-What cannot pass (no such file, no permission, another file under the same address) fails at once.
+Networks fail for moments: requests with a transient fault are repeated, and a download continues
+where it broke. Permanent faults (no such file, no permission, another file at the same address)
+fail at once. Credentials may expire during a run: if they are refused, they are read again, once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,35 +21,37 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
-from seer_scale.data.addresses import protocol_of, redact, server_of
-from seer_scale.errors import DataError
-
-PIECE = 8 << 20  # bytes that are asked for at once
-_SMALLEST_PIECE = 128 << 10  # where connections break all the time, smaller pieces get through
-_CONNECT_SECONDS, _READ_SECONDS = 5, 20  # without an answer, without a byte
-
-_PASSING_STATUS = frozenset({408, 425, 429})  # of 4xx; 5xx pass as well
-_NOT_THE_NETWORK = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EISDIR, errno.ENOTSUP}
+from seer_scale.data.addresses import protocol_of, redact
+from seer_scale.data.server_errors import (
+    MissingError,
+    NoCredentialsError,
+    RefusedError,
+    ServerError,
+    reason_of,
 )
+
+PIECE = 8 << 20  # bytes per request
+_SMALLEST_PIECE = 128 << 10  # if connections break often, smaller pieces still arrive
+_CONNECT_SECONDS, _READ_SECONDS = 5, 20  # limits without an answer and without a byte
+
+_PASSING_STATUS = frozenset({408, 425, 429})  # transient ones of 4xx; 5xx are transient too
 _NO_CREDENTIALS = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 )
 
+_RENEWAL_SECONDS = 10.0  # age of credentials before they are read again
+_renewal = threading.Lock()
+
 T = TypeVar("T")
 
 
-class NoCredentialsError(PermissionError):
-    """The server wants credentials, and none are configured."""
-
-
 class Stat(NamedTuple):
-    """What a server tells about a file.
+    """The facts that a server gives about a file.
 
     Attributes:
-        size: in bytes.
-        tag: changes when the content does: entity tag or time of the last change; may be empty.
-        modified: time of the last change, where the server tells it.
+        size: size in bytes.
+        tag: entity tag or time of the last change, which changes with the content; may be empty.
+        modified: time of the last change; None if the server does not give it.
     """
 
     size: int
@@ -57,12 +61,12 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how patiently a request is repeated.
+    """Number of tries of a request, and the waits between them.
 
     Attributes:
-        tries: of the same request, before it counts as failed.
-        first: seconds before the second try; doubles with each further one.
-        longest: seconds between two tries at most.
+        tries: number of tries before the request has failed.
+        first: seconds before the second try; the wait doubles with each further try.
+        longest: longest wait between two tries, in seconds.
     """
 
     tries: int = 6
@@ -70,45 +74,51 @@ class Retry:
     longest: float = 10.0
 
     def wait(self, failures: int) -> None:
-        """Sleeps after that many failures, half of the time by chance: nodes shall not march."""
+        """Sleeps: exponential backoff with 50 % jitter, so that nodes do not retry in step."""
         seconds = min(self.first * 2.0 ** (failures - 1), self.longest)
         time.sleep(seconds * (0.5 + 0.5 * random.random()))
 
 
 def stat(url: str, retry: Retry) -> Stat:
-    """Size and time stamp of a file; no content.
+    """Asks for size, tag and time of a file, not for its content.
 
     Raises:
-        OSError: FileNotFoundError and PermissionError as for local files.
+        OSError: the request fails; FileNotFoundError and PermissionError as for local files.
     """
     return _repeat(url, retry, lambda: _stat(url))
 
 
 def read_whole(url: str, retry: Retry) -> bytes:
-    """Content of a small file; OSError like `stat`."""
+    """Reads a small file; raises OSError as `stat` does."""
     return _repeat(url, retry, lambda: bytes(_system(url).cat_file(_path(url))))
 
 
+def read_range(url: str, start: int, stop: int, size: int, retry: Retry) -> bytes:
+    """Reads bytes `start` to `stop` of a file of `size` bytes; raises OSError as `stat` does."""
+    return _repeat(url, retry, lambda: _piece(url, start, stop, size))
+
+
 def fetch(url: str, expected: Stat, descriptor: int, retry: Retry) -> None:
-    """Downloads a file into an open local one, from its beginning on.
+    """Downloads a file into an open local file, from its beginning on.
 
     Args:
-        url: what is downloaded.
-        expected: what `stat` said of it; the content belongs to this.
-        descriptor: of a file that can be written at any position.
-        retry: applies to every piece; a piece that arrived is not asked for again.
+        url: address of the file.
+        expected: the result of `stat` that the content has to match.
+        descriptor: file descriptor of the local file, writable at any position.
+        retry: tries and waits of each piece; a piece that has arrived is not requested again.
 
     Raises:
-        OSError: the remote file cannot be read or has changed, or the local one not be written.
+        OSError: the remote file cannot be read or has changed, or the local file cannot be
+            written.
     """
     position, piece, failures = 0, PIECE, 0
     while position < expected.size:
         stop = min(position + piece, expected.size)
         try:
             if failures:
-                _check_same(url, expected)  # it broke here: it may have been replaced meanwhile
+                _check_same(url, expected)  # the file may have been replaced meanwhile
             data = _piece(url, position, stop, expected.size)
-        except Exception as error:  # every file system has its own
+        except Exception as error:  # each file system raises its own types
             failures += 1
             if failures >= retry.tries or not _passes(error):
                 raise _as_os_error(url, error) from None
@@ -122,11 +132,7 @@ def fetch(url: str, expected: Stat, descriptor: int, retry: Retry) -> None:
 
 
 def list_files(pattern: str, retry: Retry) -> list[str]:
-    """Addresses that match a pattern with wildcards, sorted.
-
-    Raises:
-        OSError: like `stat`.
-    """
+    """Lists the addresses that match a pattern, sorted; raises OSError as `stat` does."""
 
     def find() -> list[str]:
         system = _system(pattern)
@@ -135,31 +141,9 @@ def list_files(pattern: str, retry: Retry) -> list[str]:
     return _repeat(pattern, retry, find)
 
 
-def as_data_error(url: str, error: OSError) -> DataError:
-    """One sentence for an address that cannot be used."""
-    server, cause = server_of(url), _reason(error)
-    if isinstance(error, NoCredentialsError):
-        hint = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            if url.startswith(("s3://", "s3a://"))
-            else "configure them as the file system's package says"
-        )
-        return DataError(f"no credentials for {redact(url)}: {hint}")
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"data path {redact(url)} does not exist: check the name and the {server}")
-    if isinstance(error, PermissionError):
-        return DataError(
-            f"data path {redact(url)} cannot be read: the {server} refuses it with these"
-            f" credentials ({cause})"
-        )
-    if error.errno in _NOT_THE_NETWORK:
-        return DataError(f"data path {redact(url)} cannot be read: {cause}")
-    return DataError(f"{server} cannot be reached: {cause}, for {redact(url)}")
-
-
 @lru_cache(maxsize=16)
 def _system_of(protocol: str, process: int) -> Any:
-    """The file system; a forked process makes its own, connections cannot be inherited."""
+    """Returns a process's own file system; a forked process cannot inherit connections."""
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if protocol in ("http", "https"):
         import aiohttp
@@ -170,17 +154,32 @@ def _system_of(protocol: str, process: int) -> Any:
             ),
             "trust_env": True,  # proxies
         }
-        options["headers"] = {"Accept-Encoding": "identity"}  # or ranges would be of something else
+        # Otherwise ranges count compressed bytes.
+        options["headers"] = {"Accept-Encoding": "identity"}
     elif protocol in ("s3", "s3a"):
         options["config_kwargs"] = {
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,
-            "retries": {"total_max_attempts": 1},  # Retry is the one who repeats
+            "retries": {"total_max_attempts": 1},  # `Retry` repeats requests
         }
     system = fsspec.filesystem(protocol, **options)
     if protocol in ("s3", "s3a"):
         system.retries = 1
+    system.seer_scale_born = time.monotonic()
     return system
+
+
+def _renewed(url: str, used: Any) -> bool:
+    """Opens a file system anew, with the credentials of now; False if `used` is too young for that.
+
+    Another thread may have done so since `used` was refused.
+    """
+    with _renewal:
+        if _system(url) is used:
+            if time.monotonic() - used.seer_scale_born < _RENEWAL_SECONDS:
+                return False
+            _system_of.cache_clear()
+        return True
 
 
 def _system(url: str) -> Any:
@@ -196,7 +195,7 @@ def _stat(url: str) -> Stat:
     if info.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, f"is a folder: name its shards, as {url}/*.tar", url)
     if info.get("size") is None:
-        raise OSError(errno.ENOTSUP, "the server does not tell its size")
+        raise OSError(errno.ENOTSUP, "the server does not give its size")
     keys = ("LastModified", "Last-Modified", "mtime", "updated", "last_modified", "created")
     modified = next((info[key] for key in keys if info.get(key)), None)
     tag = next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), modified)
@@ -224,7 +223,7 @@ def _check_same(url: str, expected: Stat) -> None:
 
 def _piece(url: str, start: int, stop: int, size: int) -> bytes:
     data = bytes(_system(url).cat_file(_path(url), start=start, end=stop))
-    if len(data) == size:  # a server that knows no ranges answers with everything
+    if len(data) == size:  # a server without ranges sends the whole file
         return data[start:]
     if len(data) != stop - start:
         raise ConnectionError(f"{len(data)} bytes came instead of {stop - start}")
@@ -239,27 +238,41 @@ def _write(descriptor: int, data: bytes, position: int) -> None:
 
 
 def _repeat(url: str, retry: Retry, request: Callable[[], T]) -> T:
-    failures = 0
+    failures, renewed = 0, False
     while True:
+        used = None
         try:
+            used = _system(url)
             return request()
-        except Exception as error:  # every file system has its own
+        except Exception as error:  # each file system raises its own types
+            refused = used is not None and not renewed and _is_refusal(url, error)
+            if refused and _renewed(url, used):
+                renewed = True
+                continue
             failures += 1
             if failures >= retry.tries or not _passes(error):
-                # The chained error would show the address with its signature.
+                # The chained error would show the signature in the address.
                 raise _as_os_error(url, error) from None
         retry.wait(failures)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """fsspec says of every HTTP failure that the file was not found; this is what happened."""
+    """Returns the real cause: fsspec reports every HTTP failure as a missing file."""
     cause = error.__cause__
     from_network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
     return cause if isinstance(error, FileNotFoundError) and cause and from_network else error
 
 
+def _is_refusal(url: str, error: BaseException) -> bool:
+    """Returns whether credentials may be the reason: S3 answers 400 to those that have expired."""
+    error = _cause(error)
+    expired = protocol_of(url) in ("s3", "s3a") and getattr(error, "errno", None) == errno.EINVAL
+    refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+    return expired or refused or type(error).__name__ in _NO_CREDENTIALS
+
+
 def _passes(error: BaseException) -> bool:
-    """Whether another try may succeed."""
+    """Returns whether another try may succeed."""
     error = _cause(error)
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
@@ -275,20 +288,11 @@ def _passes(error: BaseException) -> bool:
 
 def _as_os_error(url: str, error: BaseException) -> OSError:
     error = _cause(error)
-    status, reason, name = getattr(error, "status", None), _reason(error), redact(url)
+    status, reason, name = getattr(error, "status", None), reason_of(error), redact(url)
     if type(error).__name__ in _NO_CREDENTIALS:
         return NoCredentialsError(errno.EACCES, f"no credentials: {reason}", name)
     if status in (404, 410) or isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "no such file on the server", name)
-    if status in (401, 403) or isinstance(error, PermissionError):
-        return PermissionError(errno.EACCES, reason, name)
-    return OSError(getattr(error, "errno", None) or errno.EIO, reason, name)
-
-
-def _reason(error: BaseException) -> str:
-    """What happened, in one line without secrets."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return f"HTTP status {status} {getattr(error, 'message', '')}".strip()
-    text = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return redact(" ".join(text.split()))[:300]
+        return MissingError(errno.ENOENT, "no such file on the server", name)
+    if _is_refusal(url, error):
+        return RefusedError(errno.EACCES, reason, name)
+    return ServerError(getattr(error, "errno", None) or errno.EIO, reason, name)

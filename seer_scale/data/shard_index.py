@@ -1,15 +1,16 @@
-"""Where the images of one tar shard lie: made by one walk over its headers, kept as a small file.
+"""The index of one tar shard: offsets and sizes of its images, kept as a small file.
 
-The members of a sample share a key: `000123.jpg`, `000123.json`, `000123.cls`.
+The index is built in one pass over the headers. It is kept in the cache of a node, or listed in a
+manifest: then no process walks through the headers, and images can be read from a server one by
+one. A listed index knows nothing of the shard's identity; each image is compared with its header.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
+import secrets
 import tarfile
-import threading
 import zipfile
 import zlib
 from contextlib import suppress
@@ -22,25 +23,21 @@ import xxhash
 from numpy.typing import NDArray
 
 from seer_scale.data.addresses import redact
+from seer_scale.data.image_kinds import HEAD, LeftOut, printable
+from seer_scale.data.tar_members import read_members
+from seer_scale.data.tar_samples import find_samples
 from seer_scale.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-)
-KINDS = "an image folder, a tar shard, a pattern of shards or a manifest"
-
-_BLOCK = tarfile.BLOCKSIZE
-# First bytes of gzip, bzip2, xz and Zstandard.
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+BLOCK = tarfile.BLOCKSIZE  # bytes of a header
 
 
 class Identity(NamedTuple):
-    """What an index belongs to; an index of anything else is made anew.
+    """Identity of a shard; a kept index is used only if its identity is the same.
 
     Attributes:
         url: path or address of the shard.
-        size: in bytes.
-        tag: time of the last change or entity tag.
+        size: size of the shard in bytes.
+        tag: time of the last change, or entity tag.
     """
 
     url: str
@@ -49,75 +46,135 @@ class Identity(NamedTuple):
 
 
 class ShardIndex(NamedTuple):
-    """Arrays, not lists of objects: this travels to every loader process.
+    """The places of N images in a shard, as arrays, which are cheap to send to loader processes.
 
     Attributes:
-        images: `[N, 2]` int64, offset and size of every image in bytes.
-        labels: `[N, 2]` int64, the same of its `.cls` member; size 0 where there is none.
-        names: `[bytes]` uint8, the members' names one after the other.
-        name_ends: `[N]` int64, where each name ends in `names`.
+        images: int64 [N, 2], offset and size of each image in bytes.
+        labels: int64 [N, 2], offset and size of each image's `.cls` member; size 0 if it has none.
+        names: uint8 [bytes], the names of the members in one row.
+        name_ends: int64 [N], the end of each name in `names`.
+        left_out: uint8 [bytes], the members that are not used, as `LeftOut` writes them.
     """
 
     images: NDArray[np.int64]
     labels: NDArray[np.int64]
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
+    left_out: NDArray[np.uint8]
 
     def name(self, position: int) -> str:
-        """Member name of an image."""
+        """Returns the member name of the image at `position`."""
         start = int(self.name_ends[position - 1]) if position else 0
-        return os.fsdecode(self.names[start : int(self.name_ends[position])].tobytes())
+        return printable(os.fsdecode(self.names[start : int(self.name_ends[position])].tobytes()))
 
     @classmethod
     def build(cls, shard: FileIO, url: str) -> Self:
-        """Walks over the headers of an open shard.
+        """Builds the index from the headers of an open shard.
 
         Raises:
-            DataError: it is no tar, compressed, truncated, damaged, or without images.
+            DataError: the file is not a tar, or is compressed, truncated, damaged or without
+                images.
         """
         shown = redact(url)
-        found = _find_images(shown, _members(shown, shard))
+        members, left_out = read_members(shown, shard)
+        found = find_samples(
+            members, lambda member: _head(shard, member.offset, member.size), left_out
+        )
+        if not found:
+            raise DataError(
+                "; ".join(
+                    [
+                        f"shard {shown} holds no images among its {len(members)} members",
+                        *left_out.lines(),
+                    ]
+                )
+            )
         names = [os.fsencode(image.name) for image, _ in found]
         return cls(
-            np.array([(image.offset_data, image.size) for image, _ in found], dtype=np.int64),
+            np.array([(image.offset, image.size) for image, _ in found], dtype=np.int64),
             np.array(
-                [(label.offset_data, label.size) if label else (0, 0) for _, label in found],
+                [(label.offset, label.size) if label else (0, 0) for _, label in found],
                 dtype=np.int64,
             ),
             np.frombuffer(b"".join(names), dtype=np.uint8),
             np.cumsum([len(name) for name in names], dtype=np.int64),
+            np.frombuffer(left_out.to_json(), dtype=np.uint8),
         )
 
 
 def index_path(folder: Path, identity: Identity) -> Path:
-    """Where the index of a shard is kept below `folder`."""
+    """Returns the file of a shard's index below `folder`."""
     return folder / f"{_digest(identity)}.npz"
 
 
 def load_index(folder: Path, identity: Identity) -> ShardIndex | None:
-    """The index that was saved of a shard; None where there is none, or not a whole one."""
+    """Loads the saved index of a shard; None if it is missing or damaged."""
     path = index_path(folder, identity)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        data = path.read_bytes()
+        os.utime(path)  # the cache deletes the least recently used files
+    except OSError:
+        return None
+    return unpack_index(data, identity.size, _digest(identity))
+
+
+def pack_index(identity: Identity, index: ShardIndex) -> bytes:
+    """Packs an index into the bytes of a file."""
+    own = np.frombuffer(_digest(identity).encode(), dtype=np.uint8)
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, identity=own, **index._asdict())
+    return file.getvalue()
+
+
+def unpack_index(data: bytes, size: int, digest: str | None = None) -> ShardIndex | None:
+    """Unpacks the bytes of a kept index; None if they are damaged.
+
+    Args:
+        data: content of the file.
+        size: size of the shard in bytes.
+        digest: digest of the identity that the index has to have; None for any.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             index = ShardIndex(*(arrays[name] for name in ShardIndex._fields))
-            belongs = arrays["identity"].tobytes() == _digest(identity).encode()
-        if belongs and _is_sound(index, identity.size):
-            os.utime(path)  # the cache deletes what was not used for the longest time
+            belongs = digest is None or arrays["identity"].tobytes() == digest.encode()
+        LeftOut.from_json(index.left_out.tobytes())
+        if belongs and _is_sound(index, size):
             return index
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # the index only saves time
+        pass  # without a saved index, a new one is built
     return None
 
 
+def is_header_of(block: bytes, size: int) -> bool:
+    """Returns whether a block of a tar is the header of a file of `size` bytes."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return header.isreg() and header.size == size
+
+
+def can_be_listed(shard: FileIO, index: ShardIndex) -> bool:
+    """Returns whether every image of an open shard has its header in front of it.
+
+    A header that states the size elsewhere (pax) is none to compare an image with.
+    """
+    places = index.images.tolist()
+    return all(
+        is_header_of(os.pread(shard.fileno(), BLOCK, offset - BLOCK), size)
+        for offset, size in places
+    )
+
+
 def save_index(folder: Path, identity: Identity, index: ShardIndex) -> None:
-    """Keeps an index for `load_index`; a disk that takes none costs time later, nothing more."""
+    """Saves an index for `load_index`; if the disk refuses, the index is built again later."""
     path = index_path(folder, identity)
-    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    own = np.frombuffer(_digest(identity).encode(), dtype=np.uint8)
+    # Process ids repeat in containers that share the folder.
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, identity=own, **index._asdict())
+        temporary.write_bytes(pack_index(identity, index))
         temporary.replace(path)
     except OSError:
         with suppress(OSError):
@@ -125,12 +182,12 @@ def save_index(folder: Path, identity: Identity, index: ShardIndex) -> None:
 
 
 def _digest(identity: Identity) -> str:
-    """Not the address itself, which may carry a signature."""
+    """Returns a digest of the identity; the address itself may contain a signature."""
     return xxhash.xxh3_128_hexdigest(repr(tuple(identity)).encode())
 
 
 def _is_sound(index: ShardIndex, size: int) -> bool:
-    """Whether every array has its type and shape, and nothing points outside of the shard."""
+    """Returns whether all arrays have the right type and shape and point inside the shard."""
     count = len(index.images)
     pairs = (index.images, index.labels)
     return (
@@ -146,81 +203,6 @@ def _is_sound(index: ShardIndex, size: int) -> bool:
     )
 
 
-def _members(shown: str, shard: FileIO) -> list[tarfile.TarInfo]:
-    """All members of a shard that is whole.
-
-    tarfile takes a damaged header or the end of the file for the end of the archive, and does not
-    look whether a member's bytes are there: both would lose images in silence.
-    """
-    members: list[tarfile.TarInfo] = []
-    try:
-        with io.BufferedReader(FileIO(os.dup(shard.fileno()))) as file:
-            file.seek(0)
-            compressed = file.read(6).startswith(_COMPRESSED)
-            file.seek(0)
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar, suppress(tarfile.ReadError):
-                    members.extend(tar)  # what came before the fault tells more than tarfile does
-            except tarfile.TarError as error:
-                raise DataError(
-                    f"shard {shown} is not a plain tar file ({error}): compressed shards have to be"
-                    " unpacked first"
-                    if compressed
-                    else f"data path {shown} is neither an image folder nor a tar shard ({error}):"
-                    f" give {KINDS}"
-                ) from error
-            length = os.fstat(shard.fileno()).st_size
-            for member in members:
-                if member.size < 0:
-                    raise DataError(f"shard {shown} is damaged: {member.name} has a negative size")
-                if member.offset_data + member.size > length:
-                    raise DataError(
-                        f"shard {shown} is truncated in member {member.name}: it is {length} bytes"
-                        f" long, but that member ends at {member.offset_data + member.size}"
-                    )
-            file.seek(max((_end(member) for member in members), default=0))
-            after = file.read(_BLOCK)
-    # ValueError, OverflowError: of a header that sends tarfile before or far behind the file.
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"shard {shown} is damaged: {error}") from error
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise DataError(f"shard {shown} is damaged: a header points out of it") from error
-    if after != bytes(_BLOCK):
-        last = f"after member {members[-1].name}" if members else "at its start"
-        fault = "damaged" if len(after) == _BLOCK else "truncated"
-        raise DataError(f"shard {shown} is {fault} {last}: the end mark of a tar file is missing")
-    return members
-
-
-def _end(member: tarfile.TarInfo) -> int:
-    """Where the header after `member` begins."""
-    stored = member.size if member.isreg() else 0
-    return member.offset_data + -(-stored // _BLOCK) * _BLOCK
-
-
-def _find_images(
-    shown: str, members: list[tarfile.TarInfo]
-) -> list[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
-    """Image and label member of every sample that has an image.
-
-    As WebDataset does it, the key ends at the first dot of the base name, so that
-    `0001.seg.png` is no image of its own beside `0001.jpg`.
-    """
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    for member in members:
-        if member.isreg() and not member.issparse():
-            folder, base = os.path.split(member.name)
-            stem, dot, ending = base.partition(".")
-            if stem:
-                fields = samples.setdefault(os.path.join(folder, stem), {})
-                fields.setdefault((dot + ending).lower(), member)
-    found = []
-    for fields in samples.values():
-        image = next((fields[ending] for ending in fields if ending in IMAGE_SUFFIXES), None)
-        if image is not None:
-            found.append((image, fields.get(".cls")))
-    if not found:
-        raise DataError(f"shard {shown} holds no images among its {len(members)} members")
-    return found
+def _head(shard: FileIO, offset: int, size: int) -> bytes:
+    """Reads the first bytes of a member."""
+    return os.pread(shard.fileno(), min(size, HEAD), offset)

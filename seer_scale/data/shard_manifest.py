@@ -1,8 +1,8 @@
-"""A manifest: the list of a collection's shards with what they hold, as JSON lines or Parquet.
+"""A manifest: the list of a collection's shards and their image counts, as JSON lines or Parquet.
 
     {"url":"shard-000000.tar","count":10000,"bytes":104857600,"published":"2024-05-01T00:00:00+00:00"}
 
-It opens a collection of any size without a look at its shards.
+A collection of any size opens from its manifest alone, without reading its shards.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from typing import Any, NoReturn
 import xxhash
 
 from seer_scale.data.addresses import is_remote, protocol_of, redact
-from seer_scale.data.remote import Retry, as_data_error, read_whole
+from seer_scale.data.remote import Retry, read_whole
+from seer_scale.data.server_errors import as_data_error
 from seer_scale.errors import DataError
+from seer_scale.storage.atomic import replaced_file
 
 MANIFEST_SUFFIXES = (".jsonl", ".parquet")
 
 _REQUIRED = ("url", "count", "bytes")
 _LOCAL_PROTOCOLS = frozenset({"file", "local", "memory"})
-_MOST_BYTES = 1 << 50  # of one shard
-_MOST_IMAGES = 1 << 53  # of one collection; exact in every number format
-_HEADER_BYTES = 512  # that a tar spends on every image
+_MOST_BYTES = 1 << 50  # largest shard
+_MOST_IMAGES = 1 << 53  # largest collection; float64 holds such numbers exactly
+_HEADER_BYTES = 512  # header of each image in a tar
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +39,31 @@ class Shard:
     """One shard of a collection.
 
     Attributes:
-        url: path or address.
-        count: images in it.
-        bytes: its size.
-        published: when it came out, with time zone; None where nobody knows.
+        url: path or address of the shard.
+        count: number of images.
+        bytes: size in bytes.
+        published: time of publication, with time zone; None if unknown.
+        index: path or address of the shard's index, if one was written; see `shard_index`.
     """
 
     url: str
     count: int
     bytes: int
     published: datetime | None
+    index: str | None = None
 
 
 def is_manifest(path: str) -> bool:
-    """Whether a data path is a manifest, by its suffix."""
+    """Returns whether a data path is a manifest, by its suffix."""
     return path.partition("?")[0].lower().endswith(MANIFEST_SUFFIXES)
 
 
 def read_shards(path: str, retry: Retry | None = None) -> list[Shard]:
-    """Reads a manifest, local or remote; relative urls are relative to it.
+    """Reads a local or remote manifest; relative urls start at the manifest's folder.
 
     Raises:
-        DataError: it cannot be read, or a row is wrong: file, row and column are named.
+        DataError: the manifest cannot be read, or a row is wrong; the sentence names file, row and
+            column.
     """
     shown = redact(path)
     try:
@@ -75,7 +80,7 @@ def read_shards(path: str, retry: Retry | None = None) -> list[Shard]:
     for number, row in rows:
         shard = _parse(row, base, shown, number)
         if first_rows.setdefault(shard.url, number) != number:
-            _fail(shown, number, "url", f"is that of row {first_rows[shard.url]} too")
+            _fail(shown, number, "url", f"is the same as in row {first_rows[shard.url]}")
         shards.append(shard)
     if not shards:
         raise DataError(f"manifest {shown} names no shards")
@@ -85,10 +90,10 @@ def read_shards(path: str, retry: Retry | None = None) -> list[Shard]:
 
 
 def write_shards(path: str, shards: Iterable[Shard]) -> None:
-    """Writes a manifest as JSON lines; shards below its folder become relative to it.
+    """Writes a manifest as JSON lines; shards below the manifest's folder get relative urls.
 
     Raises:
-        DataError: the path is remote or has another suffix, or cannot be written.
+        DataError: the path is remote, does not end in .jsonl, or cannot be written.
     """
     if is_remote(path) or not path.lower().endswith(".jsonl"):
         raise DataError(f"manifest {redact(path)} cannot be written: give a local path with .jsonl")
@@ -100,21 +105,22 @@ def write_shards(path: str, shards: Iterable[Shard]) -> None:
             "count": shard.count,
             "bytes": shard.bytes,
             "published": shard.published.astimezone(UTC).isoformat() if shard.published else None,
+            **({"index": shard.index.removeprefix(base)} if shard.index else {}),
         }
         lines.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-        temporary.replace(path)
+        Path(path).parent.stat()  # a mistyped folder is not made
+        with replaced_file(Path(path), writers=2) as fresh:
+            fresh.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"manifest {path} cannot be written: {error.strerror or error}") from error
 
 
 def version_of(shards: Sequence[Shard]) -> str:
-    """16 hex digits that change with the names, counts or order of the shards.
+    """Returns 16 hex digits that change with the names, counts or order of the shards.
 
-    The folder that all of them share does not count: a collection may be moved. Nor do signatures.
+    The folder that all shards share does not count, so that a collection may be moved. Signatures
+    in addresses do not count either.
     """
     names = [redact(shard.url) for shard in shards]
     folders = {name[: name.rfind("/") + 1] for name in names}
@@ -129,7 +135,7 @@ def version_of(shards: Sequence[Shard]) -> str:
 
 
 def drop_old(shards: Sequence[Shard], now: datetime, max_age_days: float) -> list[Shard]:
-    """The shards published at most that many days before `now`, and those without a date.
+    """Returns the shards published at most `max_age_days` before `now`, and those without a date.
 
     `now` has a time zone.
     """
@@ -144,20 +150,20 @@ def _folder(path: str) -> str:
 def _json_rows(data: bytes, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
     decode = json.JSONDecoder(object_pairs_hook=_without_doubles).decode
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"manifest {shown} is no UTF-8 text: {error.reason}") from error
+        raise DataError(f"manifest {shown} is not UTF-8 text: {error.reason}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if not line or line.isspace():
             continue
         try:
             row = decode(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"manifest {shown}, row {number} is no JSON: {error}") from error
+            raise DataError(f"manifest {shown}, row {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(
-                f"manifest {shown}, row {number} is no object: each line has to be one, with"
-                f" {', '.join(_REQUIRED)}"
+                f"manifest {shown}, row {number} is not an object: each line has to be an object"
+                f" with {', '.join(_REQUIRED)}"
             )
         yield number, row
 
@@ -175,18 +181,20 @@ def _parquet_rows(data: bytes, shown: str) -> Iterator[tuple[int, dict[str, Any]
 
     try:
         file = pq.ParquetFile(io.BytesIO(data))
-        known = [name for name in (*_REQUIRED, "published") if name in file.schema_arrow.names]
+        known = [
+            name for name in (*_REQUIRED, "published", "index") if name in file.schema_arrow.names
+        ]
         table = file.read(columns=known)
         if "published" in known:
             place = table.schema.get_field_index("published")
             kind = table.schema.field(place).type
-            if pa.types.is_timestamp(kind):  # Python knows no nanoseconds
+            if pa.types.is_timestamp(kind):  # Python has no nanoseconds
                 times = table.column(place).cast(pa.timestamp("us", kind.tz), safe=False)
                 table = table.set_column(place, "published", times)
         rows = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         cause = " ".join(str(error).split())[:200]
-        raise DataError(f"manifest {shown} is no Parquet file that can be read: {cause}") from error
+        raise DataError(f"manifest {shown} is not a readable Parquet file: {cause}") from error
     yield from enumerate(rows, start=1)
 
 
@@ -199,7 +207,8 @@ def _parse(row: dict[str, Any], base: str, shown: str, number: int) -> Shard:
     if count * _HEADER_BYTES > size:
         _fail(shown, number, "count", f"is {count}: more than a tar of {size} bytes can hold")
     url = _url(row["url"], base, shown, number)
-    return Shard(url, count, size, _time(row.get("published"), shown, number))
+    index = _url(row["index"], base, shown, number, "index") if row.get("index") else None
+    return Shard(url, count, size, _time(row.get("published"), shown, number), index)
 
 
 def _integer(row: dict[str, Any], column: str, most: int, shown: str, number: int) -> int:
@@ -211,27 +220,30 @@ def _integer(row: dict[str, Any], column: str, most: int, shown: str, number: in
     return value
 
 
-def _url(value: object, base: str, shown: str, number: int) -> str:
+def _url(value: object, base: str, shown: str, number: int, column: str = "url") -> str:
     if not isinstance(value, str) or not value:
-        _fail(shown, number, "url", f"is {value!r:.40}: it has to be a path or an address")
+        _fail(shown, number, column, f"is {value!r:.40}: it has to be a path or an address")
     if not value.isprintable():
-        _fail(shown, number, "url", f"is {redact(value)!r:.60}: it holds control characters")
+        _fail(shown, number, column, f"is {redact(value)!r:.60}: it holds control characters")
     protocol = protocol_of(value)
     if protocol in _LOCAL_PROTOCOLS or "::" in protocol or value.lower().startswith("file:"):
         _fail(
-            shown, number, "url", f"is {redact(value):.80}: give a path, http://, https:// or s3://"
+            shown,
+            number,
+            column,
+            f"is {redact(value):.80}: give a path, http://, https:// or s3://",
         )
     if protocol:
         return value
     if value.startswith("/"):
         if is_remote(base):
-            _fail(shown, number, "url", f"is {value:.60}: a remote manifest names no local files")
+            _fail(shown, number, column, f"is {value:.60}: a remote manifest names no local files")
         return value
     return _without_dots(f"{base}/{value}") if ".." in value else f"{base}/{value}"
 
 
 def _without_dots(url: str) -> str:
-    """Resolves `..` as a file system does, but never out of the host or bucket."""
+    """Resolves `..` as a file system does, but never leaves the host or bucket."""
     if not is_remote(url):
         return os.path.normpath(url)
     protocol, _, rest = url.partition("://")

@@ -1,96 +1,80 @@
-"""Where encoded images come from: a folder tree, or WebDataset tar shards read at random.
+"""Sources of encoded images: a folder tree, or WebDataset tar shards with random access.
 
-A source is a numbered list of encoded images. What is wrong with a path is one sentence, when it
-is opened, before training starts.
+A source is a numbered list of encoded images. Opening a wrong path raises an error of one sentence,
+before training starts.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import xxhash
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from seer_scale.data.addresses import check_address, is_remote, protocol_of, redact
 from seer_scale.data.cache import Cache, default_cache
-from seer_scale.data.remote import Retry, as_data_error, list_files, stat
-from seer_scale.data.shard_index import IMAGE_SUFFIXES, KINDS
+from seer_scale.data.image_folder import ImageFolder, list_folder
+from seer_scale.data.image_kinds import IMAGE_SUFFIXES, LeftOut
+from seer_scale.data.remote import Retry, list_files, stat
+from seer_scale.data.server_errors import as_data_error
+from seer_scale.data.shard_collections import index_shards, open_shards
 from seer_scale.data.shard_manifest import Shard, is_manifest, read_shards
-from seer_scale.data.tars import index_shards, open_shards
+from seer_scale.data.tar_members import KINDS
 from seer_scale.errors import DataError
 
 Label = int | str
 
 
 class Source(Protocol):
-    """A numbered list of encoded images; picklable, and read from several threads at once."""
+    """A numbered list of encoded images; picklable and safe to read from several threads."""
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
-        """`[S]`, images of each shard, in the order of numbering; a folder is one shard."""
+        """Images of each of S shards, int64 [S], in the order of numbering; a folder is one."""
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What the collection holds and does not use."""
 
     @property
     def version(self) -> str:
-        """16 hex digits that change with the names and counts of what the collection holds."""
+        """16 hex digits that change with the names and counts of the shards or files."""
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image; OSError where it cannot be read."""
+        """Reads an encoded image.
+
+        Raises:
+            OSError: the image cannot be read.
+        """
 
     def name(self, index: int) -> str:
-        """What a person finds the image by; touches no file."""
+        """Returns the name by which a person finds the image; reads no file."""
 
     def label(self, index: int) -> Label | None:
-        """The class of the image, where the layout tells one."""
-
-
-class ImageFolder:
-    """Images below a folder, in the order of their paths; the label is the folder they lie in."""
-
-    def __init__(self, root: Path, files: list[str]) -> None:
-        self._root = root
-        self._files = files  # relative to root
-        self.shard_sizes = np.array([len(files)], dtype=np.int64)
-        names = "\0".join(files).encode("utf-8", "surrogateescape")
-        self.version = xxhash.xxh3_64_hexdigest(names)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int) -> bytes:
-        """The file's bytes."""
-        return (self._root / self._files[index]).read_bytes()
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        return str(self._root / self._files[index])
-
-    def label(self, index: int) -> str | None:
-        """Name of the folder the file lies in, None for files directly in the root."""
-        return os.path.basename(os.path.dirname(self._files[index])) or None
+        """Returns the class of the image; None if the layout has none."""
 
 
 def open_source(path: str | os.PathLike[str], cache: Cache | None = None) -> Source:
     """Opens a folder of images, a tar shard, a folder or pattern of shards, or a manifest.
 
     Args:
-        path: local, or an address that fsspec knows. A pattern may use braces
+        path: a local path, or an address that fsspec reads. A pattern may contain braces
             (`shard-{000000..000009}.tar`) and, where files can be listed, wildcards. A manifest
             ends in `.jsonl` or `.parquet`.
-        cache: for copies of remote shards and for indexes. Without one, remote shards go to a
+        cache: keeps copies of remote shards, and indexes. Without a cache, remote shards go to a
             default folder, and local shards are indexed each time.
 
     Raises:
-        DataError: the path is missing, empty, unreadable or holds no images, its server or the
-            credentials fail, or a shard is no tar, truncated or without images.
+        DataError: the path is missing, empty, unreadable or without images; the server or the
+            credentials fail; or a shard is not a tar, truncated or without images.
     """
     text = os.fspath(path)
     if not text:
@@ -133,7 +117,7 @@ def _open_remote(url: str, cache: Cache) -> Source:
         elif protocol_of(candidate) in ("http", "https"):
             raise DataError(
                 f"data path {redact(candidate)} has wildcards, but HTTP servers list no files:"
-                " use braces, as shard-{000000..000009}.tar, or a manifest"
+                " use braces, such as shard-{000000..000009}.tar, or a manifest"
             )
         else:
             try:
@@ -147,7 +131,7 @@ def _open_remote(url: str, cache: Cache) -> Source:
 
 
 def _has_wildcard(url: str) -> bool:
-    """Question marks begin the query of a HTTP address, brackets hold its IPv6 host."""
+    """Returns whether an address has wildcards; in HTTP, `?` and `[` have other meanings."""
     _, _, rest = url.partition("://")
     path = rest.partition("/")[2]
     if protocol_of(url) in ("http", "https"):
@@ -165,9 +149,10 @@ def _open_manifest(path: str, cache: Cache | None) -> Source:
 
 
 def _check_servers(shards: Sequence[Shard], retry: Retry) -> None:
-    """Looks at two shards of every server, so that wrong credentials are noticed now.
+    """Asks every server for a shard, so that wrong credentials are found now.
 
-    One of them may be missing: that is for the reading to report.
+    If the first shard of a server is missing, its last one is asked for; reading reports the
+    missing one.
     """
     by_server: dict[str, list[str]] = {}
     for url in (shard.url for shard in shards if is_remote(shard.url)):
@@ -184,38 +169,28 @@ def _check_servers(shards: Sequence[Shard], retry: Retry) -> None:
 
 
 def _open_folder(root: str, cache: Cache | None) -> Source:
-    images: list[str] = []
-    shards: list[str] = []
-    for file in _walk(root):
-        suffix = os.path.splitext(file)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.append(os.path.relpath(file, root))
-        elif suffix == ".tar":
-            shards.append(file)
+    images, shards, left_out = list_folder(root)
     if images and shards:
         raise DataError(
-            f"data path {root} holds both images ({images[0]}) and tar shards ({shards[0]}):"
+            f"data path {root} holds both images ({images[0]}) and tar shards"
+            f" ({os.path.join(root, shards[0])}):"
             " point to a folder with one kind, or to a pattern of shards"
         )
     if shards:
-        return index_shards(sorted(shards), cache)
+        source = index_shards([os.path.join(root, shard) for shard in shards], cache)
+        source.left_out.join(left_out)
+        return source
     if not images:
         raise DataError(
-            f"data path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
-            " and no .tar shards"
+            "; ".join(
+                [
+                    f"data path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
+                    " and no .tar shards",
+                    *left_out.lines(),
+                ]
+            )
         )
-    return ImageFolder(Path(root), sorted(images))
-
-
-def _walk(root: str) -> Iterator[str]:
-    """Files below `root`, through links to folders, without hidden files and folders."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+    return ImageFolder(Path(root), images, left_out)
 
 
 def _braces(pattern: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""A rank that fails takes the others down: its own traceback first, and nobody waits for hours.
+"""End of all ranks after one rank has failed, with the traceback of that rank only.
 
-The first to fail leaves a mark in the store that all ranks met at. The others see it within a
-second, also while they wait in a collective that will never end, and leave.
+The first rank to fail leaves a mark in the store of the rendezvous. The other ranks see the mark
+within a second and end, even while they wait in a collective that will never complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 MARK = "seer_scale/failed"
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # for a rank whose own error is on its way, before it is ended where it stands
+GRACE_SECONDS = 10.0  # time for a rank to report an error of its own before the rank is ended
 _over = threading.Event()
 
 
@@ -28,14 +28,14 @@ def watch() -> None:
 
 
 def unwatch() -> None:
-    """Ends the watch, once every rank has done its work and may leave when it likes."""
+    """Stops watching; call this when every rank has done its work."""
     _over.set()
 
 
 def end(error: BaseException) -> NoReturn:
-    """Ends this process with the traceback of `error`, unless another rank failed before it.
+    """Ends this process with the traceback of `error`, unless another rank failed before.
 
-    What a rank sees after another one is gone (a closed connection) would only hide the cause.
+    After another rank has gone, an error here (a closed connection) would only hide the cause.
     """
     if (first := mark()) is None:
         traceback.print_exception(error, file=sys.stderr)
@@ -45,13 +45,13 @@ def end(error: BaseException) -> NoReturn:
 
 
 def mark() -> str | None:
-    """Marks this rank as the first to fail, or returns which one was."""
+    """Marks this rank as the first to fail; returns None, or the rank that failed before."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     me = f"rank {dist.get_rank()}"
     try:
         first = _store().compare_set(MARK, "", me).decode()
-    except Exception:  # the rank that kept the store is gone
+    except Exception:  # the process that hosts the store is gone
         return "the rank that kept the store"
     return None if first == me else first
 
@@ -80,5 +80,5 @@ def _store() -> Any:
 def _leave() -> NoReturn:
     sys.stderr.flush()
     sys.stdout.flush()
-    # Not sys.exit: threads of a process group that other ranks still wait in would hold it up.
+    # Not sys.exit, which would wait for threads of a process group that other ranks still use.
     os._exit(1)

@@ -1,9 +1,13 @@
-"""Ends a run that hangs in a collective, and names the ranks that did not come to it.
+"""Watchdog that ends a run that stands still, and names the ranks that are missing.
 
-Every rank's main thread says where it is, a thread of its own puts that into the store through
-which the ranks found each other, every second. A rank whose main thread stands still for too long
-reads what the others say: who is a step or a phase behind, or has said nothing for a while, is
-missing. The store answers without any collective.
+The main thread of every rank reports its place in the step. A second thread writes that place into
+the store of the rendezvous, every second. A rank whose main thread does not move for too long reads
+the places of the others. A rank that is a step or a phase behind, or has written nothing for a
+while, is missing. The store answers without any collective. A run of one rank is watched too: its
+loader, save or evaluation may wait for a disk that never answers.
+
+A rank that stands still for much longer than it did before, in the same phase, is only a warning: a
+shared disk may be away for minutes and come back, and the ranks that wait for it cannot know.
 """
 
 from __future__ import annotations
@@ -11,88 +15,150 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from seer_scale.distributed import flight_recorder
 from seer_scale.errors import LOST_RANK_STATUS
 
 BEAT_S = 1.0
-LISTENING_BEATS = 8  # without a new message in that time a rank is gone, or its node stands still
-STORE_S = 15.0  # that the store may take to answer
+LISTENING_BEATS = 8  # beats without a new message after which a rank counts as silent
+STORE_S = 15.0  # seconds that the store may take to answer
+# A phase is unusually long after so many times the median of the last ones and a margin. Before it
+# has been seen so often nothing is usual: first steps compile, and first saves make folders.
+UNUSUAL, MARGIN_S, SEEN = 20, 60.0, 5
 
 
 class Place(NamedTuple):
-    """Where a rank is. `beat` counts its messages: clocks would have to agree between nodes."""
+    """Place of a rank in the training.
+
+    Attributes:
+        step: number of the step.
+        phase: number of the phase within the step.
+        doing: the phase in words.
+        host: name of the rank's node.
+        beat: number of the message, in place of a time: the clocks of nodes may differ.
+        collective: what `flight_recorder.present` says; '' before the rank stands still.
+    """
 
     step: int
     phase: int
     doing: str
     host: str
     beat: int
+    collective: str = ""
 
 
 class Watchdog:
-    """Watches this rank's progress, and the others' once it stops.
+    """Watches this rank's progress; once it stops, compares the places of all ranks and ends.
 
     Args:
-        timeout_s: that a step may take.
-        end: leaves the process; a test puts something else here.
+        timeout_s: seconds that a phase of a step may take.
+        end: ends the process with a sentence; a test passes another function.
+        beat_s: seconds between two messages.
+        records: folder for the last collectives of every rank; None for none.
+        warn: tells the user something.
+        margin_s: seconds more than usual that are nothing to speak of.
     """
 
     def __init__(
-        self, timeout_s: float, end: Callable[[str], None] | None = None, beat_s: float = BEAT_S
+        self,
+        timeout_s: float,
+        end: Callable[[str], None] | None = None,
+        beat_s: float = BEAT_S,
+        *,
+        records: Path | None = None,
+        warn: Callable[[str], None] | None = None,
+        margin_s: float = MARGIN_S,
     ) -> None:
         self._timeout, self._end, self._beat = timeout_s, end or _leave, beat_s
+        self._records, self._warn, self._margin = records, warn or _warn, margin_s
         self._at = (0, 0, "starting")
         self._since = time.monotonic()
+        self._last: dict[int, Place] = {}  # what `_find_missing` found
+        self._warned = 0.0  # the beginning of the phase that the last warning was about
+        self._durations: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=50))
         self._beats = 0
         self._main = threading.get_ident()
         self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._rank, self._world = 0, 1
+        self._store: Any = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._rank, self._world = dist.get_rank(), dist.get_world_size()
-            # By a connection of its own: torch's may be held by a collective that waits.
+            # A connection of its own, because a waiting collective may hold torch's.
             self._store = dist.distributed_c10d.PrefixStore("watchdog", _default_store())
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def at(self, step: int, phase: int, doing: str) -> None:
-        """Says that this rank has got to a phase of a step; costs next to nothing."""
-        self._at, self._since = (step, phase, doing), time.monotonic()
+        """Reports the place of this rank; costs almost nothing.
+
+        Args:
+            step: number of the step.
+            phase: number of the phase within the step.
+            doing: the phase in words.
+        """
+        now = time.monotonic()
+        self._durations[self._at[2]].append(now - self._since)
+        self._at, self._since = (step, phase, doing), now
 
     def close(self) -> None:
         """Stops watching."""
         self._closed.set()
-        if self._thread is not None:
-            self._thread.join(5 * self._beat)
+        self._thread.join(5 * self._beat)
 
     # ----------------------------------------------------------------------------- in the thread
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            late = time.monotonic() - self._since - self._timeout
-            missing: list[str] = []
+            since, missing = self._since, list[str]()
+            stands = time.monotonic() - since
+            late, slow = stands > self._timeout, stands > self._usual() and since != self._warned
             try:
-                self._tell()
-                if late > 0:
-                    missing = self._find_missing()
-            except Exception as error:  # whatever it is, there is no store to ask any more
+                if self._store is not None:
+                    self._tell()
+                    # At most two ranks look, since each asks for the places of all.
+                    if late or (slow and self._rank < 2):
+                        missing = self._find_missing()
+            except Exception as error:  # any error means that the store cannot be asked any more
                 missing = [f"all others (the store of rank 0's node does not answer: {error})"]
-            if late > 0 and not self._closed.is_set():  # a run that goes on needs no store
-                self._end(self._sentence(missing))
+            if late and not self._closed.is_set():  # a run that moves on needs no store
+                self._end(self._sentence(missing) + self._record())
                 return
+            if slow and since == self._since:
+                self._warned = since
+                if self._rank == 0 or any(each.startswith("rank 0 ") for each in missing):
+                    self._warn(
+                        f"{self._sentence(missing)}; this phase usually takes "
+                        f"{statistics.median(self._durations[self._at[2]]):.2g} s; the run waits, "
+                        f"at most {self._timeout:.0f} s (run.hang_minutes)"
+                    )
             self._closed.wait(self._beat)
+
+    def _usual(self) -> float:
+        """Seconds after which the present phase takes unusually long; infinity if none is usual."""
+        seen = self._durations[self._at[2]]
+        if len(seen) < SEEN:
+            return float("inf")
+        return UNUSUAL * statistics.median(list(seen)) + self._margin
 
     def _tell(self) -> None:
         self._beats += 1
-        place = Place(*self._at, socket.gethostname(), self._beats)
+        soon = time.monotonic() - self._since > min(self._timeout, self._usual()) / 2
+        collective = flight_recorder.present() if soon else ""
+        place = Place(*self._at, socket.gethostname(), self._beats, collective)
         self._store.set(str(self._rank), json.dumps(place))
 
     def _places(self) -> dict[int, Place]:
@@ -103,12 +169,12 @@ class Watchdog:
         return found
 
     def _find_missing(self) -> list[str]:
-        """The ranks that keep the others waiting, each with what it said last."""
+        """Lists the ranks that the others wait for, each with its last place."""
         first = self._places()
-        for _ in range(LISTENING_BEATS):  # the others listen too, and have to hear this one
+        for _ in range(LISTENING_BEATS):  # the others listen too, and need this rank's messages
             time.sleep(self._beat)
             self._tell()
-        last = self._places()
+        last = self._last = self._places()
         furthest = max((place.step, place.phase) for place in last.values())
         missing = []
         for rank in range(self._world):
@@ -126,10 +192,39 @@ class Watchdog:
     def _sentence(self, missing: list[str]) -> str:
         step, _, doing = self._at
         who = "; ".join(missing) if missing else "none that the others could tell"
+        others = f"; missing: {who}{self._collectives()}" if self._world > 1 else ""
         return (
             f"rank {self._rank} has waited {time.monotonic() - self._since:.0f} s in step {step}, "
-            f"{doing}; missing: {who}; this rank is at {_line_of(self._main)}"
+            f"{doing}{others}; this rank is at {_line_of(self._main)}"
         )
+
+    def _collectives(self) -> str:
+        """Says which ranks are in which collective, as far as ranks have said so."""
+        said = {rank: place.collective for rank, place in self._last.items() if place.collective}
+        groups = [
+            f"{_ranks(rank for rank in said if said[rank] == each)} {each}"
+            for each in dict.fromkeys(said.values())
+        ]
+        return f"; collectives: {'; '.join(groups)}" if groups else ""
+
+    def _record(self) -> str:
+        """Writes this rank's record of collectives; says where, or why not."""
+        if self._records is None or self._store is None:
+            return ""
+        if problem := flight_recorder.write(self._records, self._rank):
+            return f"; the record of its collectives is not written to {self._records} ({problem})"
+        return f"; its last collectives are in {self._records}"
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """Names ranks in ascending order, runs of them by both ends: ranks 0, 2-5."""
+    runs = [
+        [rank for _, rank in run]
+        for _, run in groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0])
+    ]
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    alone = len(runs) == 1 and len(runs[0]) == 1
+    return f"rank {parts[0]} is" if alone else f"ranks {', '.join(parts)} are"
 
 
 def _default_store() -> Any:
@@ -143,7 +238,7 @@ def _default_store() -> Any:
 
 
 def _line_of(thread: int) -> str:
-    """The innermost line of a thread that is this project's, or else whatever it is."""
+    """Innermost line of a thread inside this project, or else the innermost line of all."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "no line"
@@ -151,6 +246,10 @@ def _line_of(thread: int) -> str:
     own = [line for line in stack if "seer_scale" in line.filename]
     line = (own or stack)[-1]
     return f"{os.path.basename(line.filename)}:{line.lineno} {line.name}"
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def _leave(sentence: str) -> None:

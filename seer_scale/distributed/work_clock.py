@@ -1,8 +1,8 @@
-"""How long a rank works by itself: a clock that stands still while it is in a collective.
+"""Clock of a rank's own work: time inside of collectives is excluded.
 
-Ranks wait for each other in every collective, so that a whole step takes all of them the same time
-and does not tell who is slow. On a GPU marks are events on its stream, which the host does not wait
-for: they are read after the step, when they have long happened.
+Ranks wait for each other in every collective, so that a whole step takes the same time on all ranks
+and does not show which one is slow. On a GPU the marks are events on its stream. The host does not
+wait for them; they are read after the step, when they have long happened.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ import torch
 
 
 class WorkClock:
-    """Marks come in pairs: the rank works from the first of a pair to the second."""
+    """Sums the times between marks; the rank works from the first mark of a pair to the second."""
 
     def __init__(self) -> None:
         self.running = False
         self._device = torch.device("cpu")
         self._times: list[float] = []
-        self._events: list[torch.cuda.Event] = []  # used again by the next step
+        self._events: list[torch.cuda.Event] = []  # reused in the next step
         self._used = 0
 
     @contextmanager
     def lap(self, device: torch.device) -> Iterator[None]:
-        """Runs the clock; `device` is the one whose time counts."""
+        """Runs the clock inside the context.
+
+        Args:
+            device: the device whose time counts.
+        """
         self._device, self.running = device, True
         self.mark()
         try:
@@ -36,7 +40,7 @@ class WorkClock:
             self.running = False
 
     def mark(self) -> None:
-        """Work ends here, or begins again."""
+        """Stops the clock, or starts it again."""
         if self._device.type != "cuda":
             self._times.append(time.perf_counter())
             return
@@ -47,7 +51,10 @@ class WorkClock:
         self._used += 1
 
     def take(self) -> float:
-        """Seconds of all laps since the last call, which the device must be through with."""
+        """Returns the seconds of all laps since the last call.
+
+        The device must have finished the work of these laps.
+        """
         times, events = self._times, self._events[: self._used]
         self._times, self._used = [], 0
         laps = zip(events[::2], events[1::2], strict=False)
@@ -55,4 +62,4 @@ class WorkClock:
         return on_device + sum(b - a for a, b in zip(times[::2], times[1::2], strict=False))
 
 
-CLOCK = WorkClock()  # a process is one rank
+CLOCK = WorkClock()  # one per process, because a process is one rank

@@ -1,4 +1,4 @@
-"""What `seer-scale doctor` looks at, a file for each kind of thing; all return `Finding`s."""
+"""Findings of `seer-scale doctor` about a machine: one file for each kind of thing."""
 
 from seer_scale.doctor.finding import Finding
 

@@ -1,4 +1,4 @@
-"""How fast ranks of this machine add up gradients: real processes, a few all-reduces of 64 MiB."""
+"""Measures all-reduces of 64 MiB among real processes of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST = {"nccl": 8.0, "gloo": 0.3}
 
 
 def check_collectives(timeout: float = 90.0) -> list[Finding]:
-    """All-reduces among a process per GPU, or two on the CPU; imports torch.
+    """Times all-reduces among one process per GPU, or two processes on a CPU; imports torch.
 
     Args:
         timeout: seconds for all of it.
@@ -58,7 +58,7 @@ def check_collectives(timeout: float = 90.0) -> list[Finding]:
 
 
 def _measure(backend: str, ranks: int, timeout: float) -> tuple[float | None, str | None]:
-    """Seconds of one all-reduce on the slowest rank, or what went wrong."""
+    """Returns the seconds of one all-reduce on the slowest rank, or the error in words."""
     context, port = get_context("spawn"), free_port()
     deadline = time.monotonic() + timeout
     pipes, processes = [], []

@@ -1,4 +1,4 @@
-"""What only some runs need: Apex, FairScale, and compilers for kernels that are built when used."""
+"""Checks optional parts: Apex, FairScale, and compilers for kernels that are built on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from seer_scale.doctor.finding import Finding
 
 
 def check_extras() -> list[Finding]:
-    """Apex, FairScale, and what torch.compile and DeepSpeed's ops need; imports torch."""
+    """Checks Apex, FairScale, and the needs of torch.compile and DeepSpeed's ops; imports torch."""
     import torch
 
     from seer_scale.parallel import apex, fairscale
@@ -25,7 +25,7 @@ def check_extras() -> list[Finding]:
 
 
 def check_compilers(cuda: str | None) -> list[Finding]:
-    """The compilers on PATH.
+    """Checks the compilers on PATH.
 
     Args:
         cuda: version that torch is built for; None without CUDA.

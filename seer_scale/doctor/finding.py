@@ -1,4 +1,4 @@
-"""One thing that was looked at: how it is, what that means, and what to do."""
+"""A finding about one part of a machine: its state, the meaning, the advice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Finding:
     """A row of the report.
 
     Attributes:
-        name: of what was looked at.
+        name: name of the part.
         status: `ok`; `warn`, runs work but slower or without something; `fail`, runs will not work.
         value: as found, in a few words.
         meaning: what follows from it.
@@ -29,5 +29,5 @@ class Finding:
 
 
 def below(value: float, *, fail: float, warn: float) -> Status:
-    """The status of a value that is too small below two thresholds."""
+    """Status of a value that should not be small: `fail` and `warn` below two thresholds."""
     return "fail" if value < fail else "warn" if value < warn else "ok"

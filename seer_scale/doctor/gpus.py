@@ -11,7 +11,7 @@ _QUERY = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader
 
 
 def check_driver() -> list[Finding]:
-    """What nvidia-smi says, without torch; takes a moment."""
+    """Checks the driver by nvidia-smi, without torch."""
     rows = _driver_rows()
     if not rows:
         return [
@@ -28,7 +28,7 @@ def check_driver() -> list[Finding]:
 
 
 def check_gpus() -> list[Finding]:
-    """What torch makes of the GPUs: CUDA, NCCL, memory, and who reaches whom; imports torch."""
+    """Checks the GPUs as torch sees them: CUDA, NCCL, memory, peer access; imports torch."""
     import torch
 
     if not torch.cuda.is_available():
@@ -46,11 +46,8 @@ def check_gpus() -> list[Finding]:
                 "update the driver, or install the torch that is built for its CUDA",
             )
         ]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    found = [
-        Finding("cuda", "ok", f"CUDA {torch.version.cuda}, NCCL {nccl}", "torch uses the GPUs")
-    ]
     count = torch.cuda.device_count()
+    found = [_library(count)]
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
         idle = free > 0.9 * total
@@ -67,6 +64,23 @@ def check_gpus() -> list[Finding]:
     if count > 1:
         found.append(_peers(count))
     return found
+
+
+def _library(count: int) -> Finding:
+    import torch
+    import torch.distributed as dist
+
+    built = f"CUDA {torch.version.cuda}"
+    if not dist.is_nccl_available():
+        return Finding(
+            "cuda",
+            "fail" if count > 1 else "warn",
+            f"{built}, no NCCL",
+            "torch uses the GPUs, but several ranks cannot communicate",
+            "install torch's own wheel for Linux, or train with one rank",
+        )
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return Finding("cuda", "ok", f"{built}, NCCL {nccl}", "torch uses the GPUs")
 
 
 def _peers(count: int) -> Finding:

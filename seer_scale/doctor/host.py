@@ -1,4 +1,4 @@
-"""The machine around the GPUs: memory, shared memory and open files."""
+"""Checks of the host: memory, shared memory and open files."""
 
 from __future__ import annotations
 
@@ -6,34 +6,16 @@ import os
 import resource
 from pathlib import Path
 
-import psutil
-
 from seer_scale.doctor.finding import GIB, Finding, below
+from seer_scale.performance.free_memory import free_memory
 
 SHM = Path("/dev/shm")
-_CGROUP_LIMITS = (  # version 2, version 1
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
+MORE_SHM = "docker run --ipc=host or --shm-size=16g; an emptyDir on Kubernetes"
 
 
 def check_host() -> list[Finding]:
-    """Memory, shared memory and the limit of open files."""
+    """Checks memory, shared memory and the limit of open files."""
     return [_memory(), _shared_memory(), _open_files()]
-
-
-def free_memory() -> int:
-    """Bytes that this machine, or the container that this process is in, has left."""
-    left = int(psutil.virtual_memory().available)
-    for limit, used in _CGROUP_LIMITS:
-        try:
-            left = min(left, int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return left
 
 
 def _memory() -> Finding:
@@ -50,18 +32,22 @@ def _memory() -> Finding:
 
 def _shared_memory() -> Finding:
     if not SHM.is_dir():
-        return Finding("shared memory", "warn", f"no {SHM}", "the loader may not work without it")
+        return Finding(
+            "shared memory",
+            "warn",
+            f"no {SHM}",
+            "NCCL, and Python's locks between processes, may not work without it",
+            "mount a tmpfs there",
+        )
     room = os.statvfs(SHM)
     size = room.f_blocks * room.f_frsize / GIB
-    status = below(size, fail=0.1, warn=1)
+    status = below(size, fail=0, warn=1)
     return Finding(
         "shared memory",
         status,
         f"{size:.2f} GiB in {SHM}",
-        "loaders hand over batches through it, and NCCL its buffers",
-        ""
-        if status == "ok"
-        else "docker run --ipc=host or --shm-size=16g; an emptyDir on Kubernetes",
+        "NCCL may keep its buffers there, tens of MB for each pair of GPUs; the loader needs none",
+        "" if status == "ok" else MORE_SHM,
     )
 
 

@@ -1,4 +1,4 @@
-"""How fast the folder of the runs takes and gives back a file, past the page cache."""
+"""Measures how fast the runs' folder writes and reads a file, past the page cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from seer_scale.doctor.finding import GIB, Finding, below
 from seer_scale.storage.disk import BUFFER, DiskWriter
+from seer_scale.storage.disk_refusal import existing_part
 
 BYTES = 256 << 20
 # Weights and momentum in float32, and the trunk once more, for a billion parameters: GB.
@@ -19,8 +20,8 @@ _SAVE_GB = 12
 
 
 def check_storage(folder: Path, size: int = BYTES) -> list[Finding]:
-    """Writes and reads one file of `size` bytes in `folder`, which is left as it was."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Writes and reads one file of `size` bytes in `folder`, then deletes the file."""
+    existing = existing_part(folder)
     try:
         room = shutil.disk_usage(existing).free
         if room < 2 * size:
@@ -60,7 +61,7 @@ def check_storage(folder: Path, size: int = BYTES) -> list[Finding]:
 
 
 def _speeds(path: Path, size: int) -> tuple[float, float]:
-    """GB/s written, with what it takes to be on the disk for good, and read."""
+    """Returns GB/s of writing, fsync included, and of reading."""
     block = np.random.default_rng(0).bytes(BUFFER)  # a disk may compress
     began = time.perf_counter()
     with DiskWriter(path) as file:

@@ -1,4 +1,4 @@
-"""Whether MLflow can be reached. A run does without it, so nothing here is a failure."""
+"""Checks whether MLflow answers; a run works without MLflow, so nothing here is a failure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from seer_scale.doctor.finding import Finding
-from seer_scale.errors import ConfigError
+from seer_scale.errors import ConfigError, UserError
+from seer_scale.tracking.quiet import quieten
 from seer_scale.tracking.uri import environment, one_line, redact, resolve_uri
 
 _SPOOLED = "runs go on without it and keep what they record for `seer-scale sync`"
@@ -19,7 +20,7 @@ _SQLITE = "sqlite:///"
 
 
 def check_mlflow(uri: str | None, timeout: float) -> list[Finding]:
-    """Asks the server that a run would talk to, for `timeout` seconds at most.
+    """Asks the server that a run would use, for at most `timeout` seconds.
 
     Args:
         uri: as `tracking.uri`; else MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
@@ -36,6 +37,32 @@ def check_mlflow(uri: str | None, timeout: float) -> list[Finding]:
     if not resolved.startswith("http"):
         return [Finding("mlflow server", "ok", redact(resolved), "a database; not connected to")]
     return [_server(resolved, timeout)]
+
+
+def check_experiment(uri: str | None, name: str) -> list[Finding]:
+    """Asks whether the experiment of a run is deleted; imports mlflow, which takes seconds.
+
+    Args:
+        uri: as `tracking.uri`.
+        name: as `tracking.experiment`.
+
+    Returns:
+        One finding; none where the server does not answer, or there is no database yet.
+    """
+    resolved = resolve_uri(uri)
+    if resolved.startswith(_SQLITE) and not Path(resolved.removeprefix(_SQLITE)).exists():
+        return []
+    os.environ.update(environment(resolved))
+    quieten()
+    from seer_scale.tracking.mlflow_client import deleted_experiment
+
+    try:
+        deleted = deleted_experiment(os.environ["MLFLOW_TRACKING_URI"], name)
+    except UserError:
+        return []
+    if deleted is None:
+        return [Finding("experiment", "ok", name, "the server takes runs into it")]
+    return [Finding("experiment", "warn", f"{name} is deleted", _SPOOLED, deleted)]
 
 
 def _database(path: Path) -> Finding:

@@ -1,4 +1,4 @@
-"""Python and packages against what setup.py asks for; nothing is imported, so it takes no time."""
+"""Compares Python and packages with the requirements of setup.py, without importing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = ("torch", "torchvision", "deepspeed", "mlflow")  # a line each; of the o
 
 
 def check_versions() -> list[Finding]:
-    """Python, and every package that is required."""
+    """Checks Python and every required package."""
     return [_python(), *_packages()]
 
 

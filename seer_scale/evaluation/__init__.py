@@ -1,1 +1,1 @@
-"""What trained features are worth."""
+"""Protocols that judge a trained trunk, and the features, crops and reports that they share."""

@@ -1,10 +1,9 @@
-"""Images and targets that a detector is trained on, in an order that follows from the seed."""
+"""Training batches of a detector: images and targets, in an order that follows from the seed."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -12,32 +11,32 @@ from torchvision.transforms import functional as V
 
 from seer_scale import distributed
 from seer_scale.data.order import order_key, permute_all, sample_rng
-from seer_scale.evaluation.datasets.coco import Picture, binary_masks
+from seer_scale.evaluation.datasets.coco import CocoPart, Picture, corners
+from seer_scale.evaluation.labelled_crops import make_ahead
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 FLIP_PROBABILITY = 0.5
-_AHEAD = 3  # batches that are made ahead
 
 
 def training_batches(
-    pictures: Sequence[Picture], *, batch: int, first: int, seed: int, masks: bool, workers: int
+    part: CocoPart, *, batch: int, first: int, seed: int, masks: bool, workers: int
 ) -> Iterator[list[Sample]]:
-    """This rank's part of every global batch from number `first` on, without end.
+    """Yields this rank's share of every global batch from number `first` on, without end.
 
     Args:
-        pictures: those with objects; every epoch has its own order of them.
-        batch: images over all ranks, which divide it.
-        first: batches that are done.
-        seed: of order and flips.
-        masks: whether targets have masks.
-        workers: threads that decode.
+        part: the training part; every epoch has its own order of the pictures with objects.
+        batch: images over all ranks; a multiple of the number of ranks.
+        first: number of batches that are already done.
+        seed: seed of the order and the flips.
+        masks: whether the targets contain masks.
+        workers: threads that decode images.
 
     Yields:
-        Images float32 [3, H, W] of 0 to 1, and targets: `boxes` [N, 4], `labels` [N] and, if
-        asked for, `masks` uint8 [N, H, W].
+        Images float32 [3, H, W] in 0 to 1, and their targets: `boxes` float32 [N, 4] as left, top,
+        right, bottom in pixels, `labels` int64 [N] and, if wanted, `masks` uint8 [N, H, W].
     """
+    pictures = part.with_objects
     share = batch // distributed.world_size()
-    waiting: deque[list[Future[Sample]]] = deque()
     orders: dict[int, list[int]] = {}
 
     def which(position: int) -> int:
@@ -48,33 +47,26 @@ def training_batches(
             orders[epoch] = permute_all(len(pictures), key).tolist()
         return orders[epoch][place]
 
-    start = first * batch + distributed.rank() * share
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                while len(waiting) < _AHEAD:
-                    positions = range(start, start + share)
-                    waiting.append(
-                        [
-                            pool.submit(_sample, pictures[which(p)], p, seed, masks)
-                            for p in positions
-                        ]
-                    )
-                    start += batch
-                yield [future.result() for future in waiting.popleft()]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    start = distributed.rank() * share
+    batches = (
+        [
+            (pictures[which(p)], p)
+            for p in range(number * batch + start, number * batch + start + share)
+        ]
+        for number in count(first)
+    )
+    yield from make_ahead(batches, lambda item: _sample(part, *item, seed, masks), workers=workers)
 
 
-def _sample(picture: Picture, position: int, seed: int, masks: bool) -> Sample:
+def _sample(part: CocoPart, picture: Picture, position: int, seed: int, masks: bool) -> Sample:
     image = V.to_tensor(picture.read())
     objects = picture.singles
     target = {
-        "boxes": torch.tensor([instance.box for instance in objects]),
-        "labels": torch.tensor([instance.label for instance in objects]),
+        "boxes": torch.tensor([corners(each) for each in objects]),
+        "labels": torch.tensor([part.labels[each["category_id"]] for each in objects]),
     }
     if masks:
-        target["masks"] = binary_masks(picture, objects)
+        target["masks"] = part.masks(picture, objects)
     if sample_rng(seed, position).random() < FLIP_PROBABILITY:
         image = image.flip(-1)
         left, top, right, bottom = target["boxes"].unbind(1)

@@ -1,4 +1,7 @@
-"""What detections are worth: COCO's average precision, by pycocotools, each image judged once."""
+"""COCO's average precision of a detector, computed by pycocotools; each image is judged once.
+
+Lin et al., "Microsoft COCO: Common Objects in Context" (arXiv 1405.0312).
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,25 @@ from torchvision.transforms import functional as V
 from seer_scale import distributed
 from seer_scale.evaluation.datasets.coco import CocoPart, Picture
 
-Detection = dict[str, Any]  # of COCO's results format
+Detection = dict[str, Any]  # in COCO's results format
 Kind = Literal["bbox", "segm"]
 
 _STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 _NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
-_INSIDE = 0.5  # probability from which on a pixel belongs to a mask
+_INSIDE = 0.5  # a pixel belongs to a mask above this probability
 
 
 @torch.inference_mode()
 def detect(detector: nn.Module, part: CocoPart, device: torch.device) -> list[Detection]:
-    """Detections on every image of a part, on every rank; each image is seen by one rank, alone.
+    """Detects objects on all images of a part; every rank gets all detections.
 
-    So they do not depend on the number of ranks.
+    One rank sees each image, in a batch of its own, so that the result does not depend on the
+    number of ranks.
     """
     detector.eval()
     mine: list[Detection] = []
     for picture in part.pictures[distributed.rank() :: distributed.world_size()]:
-        image = V.to_tensor(picture.read()).to(device)  # [3, H, W] of 0 to 1
+        image = V.to_tensor(picture.read()).to(device)  # [3, H, W] in 0 to 1
         (found,) = detector([image])
         mine.extend(_as_coco(picture, part, {name: x.cpu() for name, x in found.items()}))
     return distributed.gather_lists(mine)
@@ -61,30 +65,27 @@ def _as_coco(picture: Picture, part: CocoPart, found: dict[str, Tensor]) -> list
 def average_precision(
     part: CocoPart, detections: list[Detection], kind: Kind
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """AP over IoU 0.50 to 0.95, at 0.50 and 0.75, and by size: `box_ap`, `mask_ap50`, ...
+    """Computes AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, and AP by object size.
 
     Args:
-        part: what is there.
-        detections: what was found, of all images.
-        kind: whose overlap counts: boxes' or masks'.
+        part: the images and their true objects.
+        detections: the objects found on all images.
+        kind: whether the overlap of boxes or of masks counts.
 
     Returns:
-        The numbers, sizes that do not occur left out, and AP by category.
+        The numbers by name (`box_ap`, `mask_ap50`, ...) and the AP by category, each from 0 to 1.
+        Sizes and categories without a true object are left out.
     """
     name = _NAMES[kind]
     if not detections:
         return {f"{name}_{stat}": 0.0 for stat in _STATS[:3]}, dict.fromkeys(part.names, 0.0)
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    # With a box, loadRes would take an object's area from it.
+    # Beside a box, loadRes would compute a mask's area from that box.
     wanted = {"image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation"}
     results = [{key: each[key] for key in wanted} for each in detections]
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = _ground_truth(part)
-        truth.createIndex()
-        judge = COCOeval(truth, truth.loadRes(results), kind)
+        judge = COCOeval(part.coco, part.coco.loadRes(results), kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -100,31 +101,3 @@ def average_precision(
         if (values > -1).any()
     }
     return numbers, by_category
-
-
-def _ground_truth(part: CocoPart) -> dict[str, Any]:
-    """The annotations as pycocotools wants them, with all the fields it asks for."""
-    annotations: list[dict[str, Any]] = []
-    for picture in part.pictures:
-        for instance in picture.instances:
-            left, top, right, bottom = instance.box
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": picture.id,
-                    "category_id": part.categories[instance.label - 1][0],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": instance.area,
-                    "iscrowd": int(instance.crowd),
-                    "segmentation": instance.mask or [],
-                }
-            )
-    return {
-        "info": {},
-        "images": [
-            {"id": picture.id, "height": picture.height, "width": picture.width}
-            for picture in part.pictures
-        ],
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in part.categories],
-    }

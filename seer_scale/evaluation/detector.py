@@ -1,7 +1,7 @@
-"""Mask R-CNN with a feature pyramid on a trunk's stages, built of torchvision's parts.
+"""Mask R-CNN with a feature pyramid on a trunk's stages, built from torchvision's parts.
 
-He et al. (arXiv 1703.06870), Lin et al. (arXiv 1612.03144). Every stage feeds the pyramid, as in
-VISSL's configurations for SEER; a trunk of three stages makes a pyramid of three.
+Mask R-CNN: He et al. (arXiv 1703.06870). Feature pyramid: Lin et al. (arXiv 1612.03144). Every
+stage feeds the pyramid, as in VISSL's configurations for SEER.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from seer_scale.models.regnet import RegNet
-from seer_scale.parallel.batchnorm import convert_sync_batchnorm
+from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
 from seer_scale.preprocessing import MEAN, STD
 
 MASK_LAYERS = 4
@@ -39,20 +39,23 @@ def build_detector(
     min_sizes: Sequence[int],
     max_size: int,
 ) -> nn.Module:
-    """A detector that shares its weights with `trunk`; images [3, H, W] of 0 to 1 go in.
+    """Builds a detector that shares its weights with `trunk`.
+
+    The detector takes a list of images float32 [3, H, W] in 0 to 1.
 
     Args:
-        trunk: of the backbone; changed in place.
-        classes: categories, without the background.
-        masks: Mask R-CNN; without, Faster R-CNN.
-        sync: BatchNorm over all ranks, in the pyramid too; else the trunk's stay as they are, in
-            eval mode, and the pyramid has none.
-        channels: of the pyramid and the mask head; a quarter of the box head's.
-        anchors: sizes in pixels from the finest level on, one per level; the last serves the
-            pooled level, and for a trunk of fewer stages the first ones are taken.
-        rois: proposals per image that the heads are trained on.
-        min_sizes: shorter sides that a training image may get, in pixels; the last is a test's.
-        max_size: most that the longer side may have.
+        trunk: the backbone; changed in place.
+        classes: number of categories, without the background.
+        masks: whether to build Mask R-CNN; if false, Faster R-CNN.
+        sync: whether BatchNorm runs over all ranks, also in the pyramid. If false, the trunk's
+            BatchNorm is frozen and the pyramid has none.
+        channels: channels of the pyramid and the mask head; the box head has four times as many.
+        anchors: anchor sizes in pixels, one per level, finest level first, the pooled level last.
+            A trunk with fewer stages uses the first ones.
+        rois: proposals per image that train the heads.
+        min_sizes: shorter sides that a training image may get, in pixels; a test image gets the
+            last one.
+        max_size: limit of the longer side, in pixels.
     """
     stages = trunk.trunk_output._modules
     body = nn.Sequential(OrderedDict([("stem", trunk.stem), *stages.items()]))
@@ -94,7 +97,7 @@ def build_detector(
 
 
 def train_mode(detector: nn.Module) -> None:
-    """Training mode, in which frozen BatchNorm keeps its running statistics."""
+    """Sets training mode; frozen BatchNorm stays in eval mode and keeps its statistics."""
     detector.train()
     for norm in _norms(detector):
         if norm.weight is not None and not norm.weight.requires_grad:

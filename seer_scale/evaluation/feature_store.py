@@ -1,15 +1,14 @@
-"""Features computed once and kept on disk: blocks of images, shared by ranks, tasks and restarts.
+"""Features that are computed once and kept on disk, in blocks, for all ranks, tasks and restarts.
 
-A block belongs to fixed images and is computed in fixed batches, whichever rank does it, so that
-features are the same bit for bit under any number of processes. A killed evaluation has lost the
-blocks under way only. All ranks have to see the same file system.
+A block holds fixed images and is computed in fixed batches by any one rank, so that features are
+the same bit for bit under any number of processes. A killed evaluation loses only the blocks that
+were being computed. All ranks must see the same file system.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,40 +21,46 @@ from torch import Tensor, nn
 
 from seer_scale import distributed
 from seer_scale.data import Source
+from seer_scale.data.image_folder import ImageFolder
+from seer_scale.data.middle_crop import MiddleCrop
 from seer_scale.errors import DataError
 from seer_scale.evaluation.datasets.labelled import LabelledImages
+from seer_scale.evaluation.labelled_crops import crop_batches
 from seer_scale.evaluation.maps import AVGPOOL, cells, check_maps, pooled_maps
-from seer_scale.evaluation.reading import batches, centre_crop
 from seer_scale.evaluation.task import Context
+from seer_scale.storage.atomic import replaced_file
 from seer_scale.storage.tensor_file import as_bytes
 
 BATCH = 64
 BLOCK = 4 * BATCH
-_FORMAT = 1  # rises when the same images come to other features
+_FORMAT = 1  # raise this number when the same images get other features
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features float32 [count, width] in files of `BLOCK` rows."""
+    """Features float32 [count, width], in files of `BLOCK` rows."""
 
     folder: Path
     count: int
     width: int
 
     def blocks(self, first: int = 0, step: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Number of the first row, and rows [<= BLOCK, width], of every `step`th block."""
+        """Yields the first row's number and the rows [<= BLOCK, width] of every `step`th block."""
         for number in range(first, -(-self.count // BLOCK), step):
             yield number * BLOCK, np.load(block_path(self.folder, number))
 
-    def all(self) -> Tensor:
-        """All of them in memory."""
-        return torch.from_numpy(np.concatenate([rows for _, rows in self.blocks()]))
+    def all(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns all rows in memory, once: [count, width]."""
+        found = torch.empty(self.count, self.width, dtype=dtype)
+        for start, rows in self.blocks():
+            found[start : start + len(rows)] = torch.from_numpy(rows)
+        return found
 
 
 def block_path(folder: Path, number: int) -> Path:
-    """Where block `number` lies."""
+    """Returns the path of block `number`."""
     return folder / f"block_{number:06d}.npy"
 
 
@@ -66,19 +71,19 @@ def stored_features(
     size: int,
     maps: Sequence[str] = (AVGPOOL,),
 ) -> dict[str, StoredFeatures]:
-    """Features of each map, by the centre-crop protocol; computes what is not there yet.
+    """Returns the features of centre crops by map; computes only the blocks that are missing.
 
-    All ranks call this alike.
+    All ranks call this together.
 
     Args:
         context: trunk, folders and device.
-        images: in the order of the rows.
+        images: images in the order of the rows.
         size: side of the crop in pixels.
-        maps: of `seer_scale.evaluation.maps.map_names`.
+        maps: names from `seer_scale.evaluation.maps.map_names`, or with cells (`res4_1x6`).
 
     Raises:
-        ConfigError: a map that the trunk lacks.
-        DataError: an image that cannot be used, or a folder that cannot be written.
+        ConfigError: the trunk lacks one of the maps.
+        DataError: an image cannot be read or decoded, or the folder cannot be written.
     """
     check_maps(context.trunk, list(maps))
     root = context.features or context.folder / "features"
@@ -111,7 +116,7 @@ def stored_features(
 
 
 def weights_digest(trunk: nn.Module) -> str:
-    """32 hex digits of a trunk's tensors and their names; rank 0's, on every rank."""
+    """Returns 32 hex digits of the names and values of rank 0's tensors, the same on every rank."""
     if not distributed.is_main():
         return str(distributed.broadcast_object(None))
     digest = xxhash.xxh3_128()
@@ -123,7 +128,7 @@ def weights_digest(trunk: nn.Module) -> str:
 
 
 def images_digest(images: LabelledImages) -> str:
-    """32 hex digits of which images these are: names, and lengths and times of local files."""
+    """Returns 32 hex digits of the images' names, and of the sizes and times of local files."""
     digest = xxhash.xxh3_128()
     digest.update(images.source.version.encode())
     digest.update(np.ascontiguousarray(images.indices).tobytes())
@@ -132,25 +137,26 @@ def images_digest(images: LabelledImages) -> str:
 
 
 def _stamps(source: Source, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Bytes and modification time of each file, -1 where an image is no file of its own."""
+    """Returns size in bytes and modification time in ns of each file [N, 2]; -1 inside a shard."""
     stamps = np.full((len(indices), 2), -1, dtype=np.int64)
-    if not distributed.is_main():
+    if not (distributed.is_main() and isinstance(source, ImageFolder)):
         return stamps
     for row, index in enumerate(indices.tolist()):
         try:
-            status = os.stat(source.name(index))
-        except (OSError, ValueError):
+            status = os.stat(source.path(index))
+        except OSError:
             continue
         stamps[row] = status.st_size, status.st_mtime_ns
     return stamps
 
 
 def _open(folder: Path, count: int, about: Mapping[str, object]) -> StoredFeatures:
-    """The store in `folder`, which says in `about.json` what it is of."""
+    """Creates the store in `folder`; its `about.json` says what the features were computed from."""
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+            with replaced_file(folder / "about.json", writers=2) as fresh:
+                fresh.write_text(json.dumps(about, indent=1) + "\n")
         except OSError as error:
             raise DataError(
                 f"features cannot be written to {folder} ({error.strerror or error}): give "
@@ -160,7 +166,7 @@ def _open(folder: Path, count: int, about: Mapping[str, object]) -> StoredFeatur
 
 
 def _missing(stores: Mapping[str, StoredFeatures]) -> list[int]:
-    """Numbers of the blocks that some store lacks or holds damaged."""
+    """Returns the numbers of the blocks that are missing or damaged in any store."""
     missing = set()
     for store in stores.values():
         for number in range(-(-store.count // BLOCK)):
@@ -183,19 +189,19 @@ def _compute(
     stores: Mapping[str, StoredFeatures],
     size: int,
 ) -> None:
-    """Computes whole blocks, batch by batch, and writes each when it is done."""
+    """Computes whole blocks, batch by batch, and writes each block when it is complete."""
     groups = [
         range(start, min(start + BATCH, (number + 1) * BLOCK, len(images)))
         for number in numbers
         for start in range(number * BLOCK, min((number + 1) * BLOCK, len(images)), BATCH)
     ]
     parts: dict[str, list[Tensor]] = {name: [] for name in stores}
-    indices = images.indices
-    for group, batch in batches(
-        groups, lambda row: centre_crop(images.source, int(indices[row]), size)
-    ):
+    batches = crop_batches(
+        images, ([(row, 0) for row in group] for group in groups), MiddleCrop(size)
+    )
+    for group, (crops, _) in zip(groups, batches, strict=True):
         vectors = pooled_maps(
-            context.trunk, batch.to(context.device), list(stores), context.trunk_name
+            context.trunk, crops.to(context.device), list(stores), context.trunk_name
         )
         for name, values in vectors.items():
             parts[name].append(values.cpu())
@@ -207,14 +213,12 @@ def _compute(
 
 
 def _write(path: Path, rows: Floats) -> None:
-    """In one step: a reader sees the whole block or none."""
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Writes a block in one step: a reader sees the whole block or no block."""
     try:
-        with fresh.open("wb") as file:
+        # Several evaluations may compute the same block at the same time.
+        with replaced_file(path, writers=2) as fresh, fresh.open("wb") as file:
             np.save(file, rows)
-        os.replace(fresh, path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise DataError(
             f"features cannot be written to {path.parent} ({error.strerror or error}): free some "
             "space, or give another --features FOLDER"

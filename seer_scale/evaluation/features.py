@@ -1,4 +1,4 @@
-"""Features of labelled images, one forward pass each, without augmentation."""
+"""Features of whole image sources, one forward pass per batch, without augmentation."""
 
 from __future__ import annotations
 
@@ -9,32 +9,37 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.transforms import functional as V
 
 from seer_scale.data import Source
-from seer_scale.data.augment import normalise
+from seer_scale.data.middle_crop import MiddleCrop
 from seer_scale.errors import DataError
-from seer_scale.evaluation.reading import decoded
+from seer_scale.evaluation.datasets.labelled import LabelledImages
+from seer_scale.evaluation.labelled_crops import crop_batches
+
+
+def tight_crop(size: int) -> MiddleCrop:
+    """Returns the crop whose side is the shorter side of the resized image; bicubic."""
+    return MiddleCrop(size, size, bicubic=True)
 
 
 def prepare(image: Image.Image, size: int) -> Tensor:
-    """The middle of the image, shorter side `size`: normalised float32 [3, size, size]."""
-    resized = V.resize(image, size, V.InterpolationMode.BICUBIC)
-    pixels = torch.from_numpy(np.array(V.center_crop(resized, size)))  # [size, size, 3]
-    return normalise(pixels)
+    """Returns the `tight_crop` of a decoded image: normalised float32 [3, size, size]."""
+    return tight_crop(size).cut(image)
 
 
 def _batches(source: Source, size: int, batch_size: int) -> Iterator[Tensor]:
     count = -(-len(source) // batch_size)
-    for indices in np.array_split(np.arange(len(source)), count):
-        yield torch.stack([prepare(decoded(source, int(index)), size) for index in indices])
+    parts = np.array_split(np.arange(len(source)), count)
+    batches = ([(int(place), 0) for place in part] for part in parts)
+    for crops, _ in crop_batches(LabelledImages.whole(source), batches, tight_crop(size)):
+        yield crops
 
 
 @torch.no_grad()
 def measure_batch_norm(
     trunk: nn.Module, source: Source, *, size: int, batch_size: int = 64
 ) -> None:
-    """Sets the running statistics of every BatchNorm to the mean over batches of `source`."""
+    """Sets the running statistics of every BatchNorm to their mean over the batches of `source`."""
     norms = [m for m in trunk.modules() if isinstance(m, _BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
@@ -53,13 +58,13 @@ def measure_batch_norm(
 def extract_features(
     trunk: nn.Module, source: Source, *, size: int, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Features float32 [N, C] of every image, and class indices int64 [N].
+    """Returns features float32 [N, C] of every image, and class indices int64 [N].
 
     Classes are numbered in the sorted order of the labels' text, so that two sources of the same
     classes agree.
 
     Raises:
-        DataError: if an image has no label.
+        DataError: an image has no label, or cannot be read or decoded.
     """
     device = next(trunk.parameters()).device
     labels = [source.label(index) for index in range(len(source))]

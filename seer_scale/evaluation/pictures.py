@@ -1,35 +1,37 @@
-"""Pictures of an evaluation: the confusion matrix, and queries beside their nearest neighbours."""
+"""Pictures of an evaluation: the confusion matrix, and queries with their nearest neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from seer_scale.data import Source
+from seer_scale.data.contact_sheet import INK, MARGIN, Colour, draw_cell, draw_sheet
 from seer_scale.data.decode import decode
 from seer_scale.evaluation.datasets.labelled import LabelledData
 
-_THUMBNAIL, _MARGIN, _LINE, _FONT_SIZE = 112, 6, 13, 11
-_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+_THUMBNAIL = 112  # pixels of the longer side
 _RIGHT, _WRONG = (20, 130, 60), (190, 40, 30)
-_NAMED_CLASSES = 40  # beyond that their names would overlap
+_NAMED_CLASSES = 40  # the names of more classes would overlap
 _COUNTED_CLASSES = 20
-_LETTERS = 17  # of a class's name that fit beneath a thumbnail
 
 Labelled = tuple[int, int]
-"""Number of an image in its source, and of its class."""
+"""Number of an image in its source, and number of its class."""
 
 
 def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> Path:
-    """Draws shares of each true class (row) by predicted class (column) as a PNG.
+    """Draws a confusion matrix as a PNG: the share of each true class by predicted class.
 
     Args:
-        path: of the picture.
-        matrix: counts [classes, classes].
-        classes: their names.
+        path: file of the picture.
+        matrix: counts [classes, classes]; rows are true classes, columns predicted ones.
+        classes: names of the classes.
+
+    Returns:
+        `path`.
     """
     import matplotlib as mpl
 
@@ -42,8 +44,9 @@ def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> Path:
     figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
     shown = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
     if count <= _NAMED_CLASSES:
-        axes.set_xticks(range(count), classes, rotation=90)
-        axes.set_yticks(range(count), classes)
+        # A name with two $ is no formula.
+        axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
+        axes.set_yticks(range(count), classes, parse_math=False)
     if count <= _COUNTED_CLASSES:
         for row, counts in enumerate(matrix.tolist()):
             for column, number in enumerate(counts):
@@ -74,49 +77,34 @@ def draw_neighbours(
     data: LabelledData,
     rows: Sequence[tuple[Labelled, Sequence[Labelled], int]],
 ) -> Path:
-    """Draws a row per query: the query, then its nearest training images, as a PNG.
+    """Draws each query and its nearest training images in a row of a PNG.
 
-    Classes in green are the query's own, those in red are others.
+    The query's own class is written in green, any other class in red.
 
     Args:
-        path: of the picture.
-        data: both parts.
-        rows: a validation image, its nearest training images, and the class that was predicted.
+        path: file of the picture.
+        data: the training and the validation part.
+        rows: for each query the validation image, its nearest training images, nearest first, and
+            the predicted class.
+
+    Returns:
+        `path`.
     """
-    columns = 1 + max(len(neighbours) for _, neighbours, _ in rows)
-    cell_width, cell_height = _THUMBNAIL + _MARGIN, _THUMBNAIL + 2 * _LINE + _MARGIN
-    gap = 3 * _MARGIN  # between the query and its neighbours
-    sheet = Image.new(
-        "RGB",
-        (columns * cell_width + gap + _MARGIN, len(rows) * cell_height + _MARGIN),
-        _PAPER,
-    )
-    for number, ((query, truth), neighbours, predicted) in enumerate(rows):
-        top = _MARGIN + number * cell_height
+    gap = draw_cell(None, (), MARGIN)
+    cells: list[list[Image.Image]] = []
+    for (query, truth), neighbours, predicted in rows:
         verdict = _RIGHT if predicted == truth else _WRONG
-        lines = [(data.classes[truth], _INK), (f"-> {data.classes[predicted]}", verdict)]
-        _cell(sheet, data.val.source, query, (_MARGIN, top), lines)
-        for place, (index, label) in enumerate(neighbours, start=1):
+        lines = [(data.classes[truth], INK), (f"-> {data.classes[predicted]}", verdict)]
+        cells.append([_cell(data.val.source, query, lines), gap])
+        for index, label in neighbours:
             colour = _RIGHT if label == truth else _WRONG
-            left = _MARGIN + gap + place * cell_width
-            _cell(sheet, data.train.source, index, (left, top), [(data.classes[label], colour)])
+            cells[-1].append(_cell(data.train.source, index, [(data.classes[label], colour)]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    draw_sheet(cells).save(path)
     return path
 
 
-def _cell(
-    sheet: Image.Image,
-    source: Source,
-    index: int,
-    corner: tuple[int, int],
-    lines: Sequence[tuple[str, tuple[int, int, int]]],
-) -> None:
+def _cell(source: Source, index: int, lines: Sequence[tuple[str, Colour]]) -> Image.Image:
     image = decode(source.read(index))
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    left, top = corner
-    sheet.paste(image, (left + (_THUMBNAIL - image.width) // 2, top))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
-    for number, (text, colour) in enumerate(lines):
-        place = (left, top + _THUMBNAIL + number * _LINE)
-        draw.text(place, text[:_LETTERS], colour, font)
+    return draw_cell(image, lines, _THUMBNAIL)

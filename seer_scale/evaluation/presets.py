@@ -1,6 +1,6 @@
-"""Published hyperparameters by name: what `--preset NAME` sets; `key=value` wins over it.
+"""Published hyperparameters by name, for `--preset NAME`; `key=value` overrides a preset.
 
-No torch here, so that `--help` lists them at once. Keys are those of the task's `Options`.
+The keys are those of the task's `Options`. This file imports no torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A task and the options that a published protocol gives it; `about` is one line of help."""
+    """The options that a published protocol gives a task; `about` is a line of help."""
 
     task: str
     about: str
@@ -20,7 +20,7 @@ class Preset:
 
 # VISSL benchmark/linear_image_classification/imagenet1k: frozen trunk, random resized crops of 224
 # with flips, test 256 -> 224, BatchNorm and linear layer on pooled maps, SGD with Nesterov momentum
-# .9, weight decay 5e-4 (not on BatchNorm), 32 x 8 images.
+# 0.9, weight decay 5e-4 (not on BatchNorm), 32 x 8 images.
 _LINEAR = {
     "base_lr": [0.01],
     "lr_gamma": 0.1,
@@ -48,12 +48,12 @@ _FINETUNE = {
     "test_size": 224,
 }
 
-# VISSL benchmark/semi_supervised: the learning rate of SimCLR's splits; those of other splits use
-# .01. The published models keep the first layer of the projection head, which is not done here.
+# VISSL benchmark/semi_supervised: the learning rate for SimCLR's splits; other splits use 0.01.
+# The published models keep the first layer of the projection head; these presets do not.
 _LOWSHOT = {**_FINETUNE, "epochs": 70, "base_lr": 0.05, "lr_steps": [30]}
 
 PRESETS: dict[str, Preset] = {
-    # Wu et al., arXiv 1805.01978, section 3.4, and the sweep that self-supervised work reports.
+    # Wu et al., arXiv 1805.01978, section 3.4; the sweep over k is usual in self-supervised work.
     "knn": Preset(
         "knn",
         "weighted k-NN, best of five k, temperature 0.07",
@@ -68,13 +68,13 @@ PRESETS: dict[str, Preset] = {
     "places205_linear": Preset(
         "linear",
         "Places205: 14 epochs, steps at 4, 8, 12",
-        {**_LINEAR, "epochs": 14, "lr_steps": [4, 8, 12]},
+        {**_LINEAR, "epochs": 14, "lr_steps": [4, 8, 12], "benchmark": "places205"},
     ),
-    # VISSL benchmark/linear_image_classification/iNaturalist2018
+    # VISSL benchmark/linear_image_classification/inaturalist18
     "inat18_linear": Preset(
         "linear",
         "iNaturalist 2018: 84 epochs, steps at 24, 48, 72",
-        {**_LINEAR, "epochs": 84, "lr_steps": [24, 48, 72]},
+        {**_LINEAR, "epochs": 84, "lr_steps": [24, 48, 72], "benchmark": "inat18"},
     ),
     "imagenet_1pct": Preset(
         "lowshot",
@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
         "ImageNet, fine-tuned on 10 % of the labels",
         {"fractions": [0.1], "method": "finetune", "finetune": _LOWSHOT},
     ),
-    # VISSL benchmark/linear_image_classification/voc07: SVMs on features of unit length.
+    # VISSL benchmark/linear_image_classification/voc07: SVMs on features normalised to length 1.
     "voc07_svm": Preset(
         "svm",
         "VOC 2007: costs by 3-fold cross-validation",
@@ -98,7 +98,7 @@ PRESETS: dict[str, Preset] = {
             "size": 224,
         },
     ),
-    # VISSL's instance retrieval; the originals look for their strongly changed copies.
+    # VISSL's instance retrieval: each original queries its strongly changed copies.
     "copydays": Preset(
         "retrieval",
         "CopyDays: originals find their strong copies",
@@ -107,9 +107,9 @@ PRESETS: dict[str, Preset] = {
     "imagenet_finetune": Preset(
         "finetune", "ImageNet at 224: 105 epochs, steps at 30, 60, 90, 100", _FINETUNE
     ),
-    # SEER (arXiv 2103.01988): 35 epochs of batches of 256, .0125 falling to .00125, weight decay
-    # 1e-4; and VISSL's transforms/tricks_384_swav.yaml: crops of 384 with SwAV's colour distortion
-    # and blur, test 384 -> 384. The epoch of the step is not published; 30 is an assumption.
+    # SEER (arXiv 2103.01988): 35 epochs, batches of 256, learning rate 0.0125 then 0.00125, weight
+    # decay 1e-4; and VISSL's transforms/tricks_384_swav.yaml: crops of 384 with SwAV's colour
+    # distortion and blur, test 384 -> 384. The epoch of the step is unpublished; 30 is our guess.
     "imagenet_finetune_384": Preset(
         "finetune",
         "ImageNet at 384 as SEER: 35 epochs, strong augmentation",

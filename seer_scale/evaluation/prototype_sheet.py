@@ -1,6 +1,6 @@
-"""What prototypes stand for: a contact sheet of the images nearest to a few of them.
+"""A contact sheet of prototypes: the images nearest to some of SwAV's prototypes.
 
-Prototypes that gather images of one kind are what SwAV is meant to find (arXiv 2006.09882).
+SwAV (Caron et al., arXiv 2006.09882) works if images of one kind gather at one prototype.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from seer_scale.checkpoint import CheckpointReader
+from seer_scale.data.contact_sheet import FAINT, INK, draw_cell, draw_sheet
 from seer_scale.data.decode import BadImage, decode
 from seer_scale.errors import CheckpointError
 from seer_scale.evaluation.datasets.labelled import LabelledImages
 from seer_scale.models.heads import ProjectionHead, Prototypes
 
-_SIDE, _MARGIN, _TITLE, _LINE = 96, 6, 120, 15  # pixels; a row's title is that wide
-_INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
+_SIDE, _TITLE = 96, 108  # pixels: side of a thumbnail, width of a row's title
 
 
 def write_prototype_sheet(
@@ -30,49 +30,52 @@ def write_prototype_sheet(
     rows: int = 8,
     columns: int = 8,
 ) -> Path:
-    """Draws a row for each of the prototypes that most images are nearest to.
+    """Draws a row for each of the largest prototypes: those that most images are nearest to.
 
     Args:
-        path: of the picture, a PNG.
-        reader: of a checkpoint of a pretrained model, whose trunk gave `features`.
-        features: float32 [N, C] of the images.
-        images: N of them; classes are numbered under each, where there are any.
-        rows: prototypes shown.
-        columns: images shown of each, nearest first.
+        path: file of the picture, a PNG.
+        reader: checkpoint of the pretrained model whose trunk computed `features`.
+        features: features float32 [N, C] of the images.
+        images: the N images; a label, if there is one, is written under its image.
+        rows: number of prototypes to show.
+        columns: number of images to show for each, nearest first.
+
+    Returns:
+        `path`.
 
     Raises:
-        CheckpointError: if the checkpoint has no head and prototypes.
+        CheckpointError: the checkpoint has no projection head or no prototypes.
     """
     scores = score_prototypes(reader, features)  # [N, K]
     counts = torch.bincount(scores.argmax(1), minlength=scores.shape[1])
-    # A stable order, so that the same checkpoint gives the same sheet.
+    # The sort is stable, so that the same checkpoint gives the same sheet.
     shown = counts.sort(descending=True, stable=True).indices[:rows].tolist()
-    columns = min(columns, len(images))
-    width = _TITLE + columns * (_SIDE + _MARGIN) + _MARGIN
-    height = _SIDE + _LINE + _MARGIN
-    sheet = Image.new("RGB", (width, len(shown) * height + _MARGIN), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for row, prototype in enumerate(shown):
-        top = _MARGIN + row * height
-        draw.text((_MARGIN, top), f"prototype {prototype}", _INK, font)
+    cells: list[list[Image.Image]] = []
+    for prototype in shown:
         share = f"{int(counts[prototype]):,} of {len(images):,}"
-        draw.text((_MARGIN, top + _LINE), share, _FAINT, font)
+        title = [(f"prototype {prototype}", INK), (share, FAINT)]
+        cells.append([draw_cell(None, title, _TITLE)])
         nearest = scores[:, prototype].sort(descending=True, stable=True).indices[:columns]
-        for column, place in enumerate(nearest.tolist()):
-            left = _TITLE + column * (_SIDE + _MARGIN)
-            sheet.paste(_thumbnail(images, place), (left, top))
+        for place in nearest.tolist():
             below = f"{float(scores[place, prototype]):.2f}  {_label(images, place)}"
-            draw.text((left, top + _SIDE), below, _FAINT, font)
-    sheet.save(path)
+            cells[-1].append(draw_cell(_thumbnail(images, place), [(below, FAINT)], _SIDE))
+    draw_sheet(cells).save(path)
     return path
 
 
 @torch.inference_mode()
 def score_prototypes(reader: CheckpointReader, features: Tensor) -> Tensor:
-    """Cosines float32 [N, K] of images, by their trunk's features [N, C], with the prototypes.
+    """Computes the cosines of N images and K prototypes.
+
+    Args:
+        reader: checkpoint of a pretrained model.
+        features: features float32 [N, C] that its trunk computed.
+
+    Returns:
+        Cosines float32 [N, K].
 
     Raises:
-        CheckpointError: if the checkpoint has no head and prototypes.
+        CheckpointError: the checkpoint has no projection head or no prototypes.
     """
     names = [name for name in reader.names if name.startswith(("head.", "prototypes."))]
     if "prototypes.weight" not in names:
@@ -103,7 +106,7 @@ def _thumbnail(images: LabelledImages, place: int) -> Image.Image:
     try:
         image = decode(images.source.read(index))
     except (BadImage, OSError):  # features were made of it a moment ago
-        return Image.new("RGB", (_SIDE, _SIDE), _FAINT)
+        return Image.new("RGB", (_SIDE, _SIDE), FAINT)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -112,4 +115,4 @@ def _thumbnail(images: LabelledImages, place: int) -> Image.Image:
 
 def _label(images: LabelledImages, place: int) -> str:
     label = images.source.label(int(images.indices[place]))
-    return "" if label is None else str(label)[:9]
+    return "" if label is None else str(label)

@@ -1,4 +1,4 @@
-"""Numbers that say how good predictions are: top-k shares, confusion, average precision."""
+"""Measures of how good predictions are: top-k shares, confusion matrix, average precision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_LEVELS = np.linspace(0, 1, 11)  # of recall, in VOC 2007's average precision
+_LEVELS = np.linspace(0, 1, 11)  # levels of recall in VOC 2007's average precision
 
 
 def top_share(scores: Tensor, targets: Tensor, k: int) -> float:
-    """Share of rows whose class is among the k highest of `scores` [N, classes].
+    """Returns the share of rows whose class is among the k highest of `scores` [N, classes].
 
-    Of equal scores the lower class comes first.
+    Of classes with equal scores the one with the lower number comes first.
     """
     own = scores.gather(1, targets[:, None])  # [N, 1]
     ahead = (scores > own).sum(1)
@@ -25,13 +25,13 @@ def top_share(scores: Tensor, targets: Tensor, k: int) -> float:
 
 
 def confusion(targets: Tensor, predictions: Tensor, classes: int) -> Tensor:
-    """Counts int64 [classes, classes] by true class (row) and predicted one (column)."""
+    """Counts rows by true class (row) and predicted class (column): int64 [classes, classes]."""
     cells = torch.bincount(targets * classes + predictions, minlength=classes**2)
     return cells.view(classes, classes)
 
 
 def per_class(matrix: Tensor, classes: list[str]) -> dict[str, Any]:
-    """Share of each class that was recognised; None for a class without images."""
+    """Returns the share of each class's images that is right; None for a class without images."""
     counts = matrix.sum(1).tolist()
     right = matrix.diagonal().tolist()
     return {
@@ -41,14 +41,14 @@ def per_class(matrix: Tensor, classes: list[str]) -> dict[str, Any]:
 
 
 def average_precision(relevant: NDArray[np.bool_], scores: NDArray[np.floating[Any]]) -> float:
-    """Area under the precision-recall steps: the mean precision at each rise of recall.
+    """Returns the area under the precision-recall steps: the mean precision over rises of recall.
 
-    Items of equal score come together, so that their order does not matter (scikit-learn's
-    definition).
+    Items of equal score count together, so that their order does not matter. This is scikit-learn's
+    `average_precision_score`.
 
     Args:
-        relevant: [N], of which at least one is true.
-        scores: [N], higher first.
+        relevant: [N], at least one of them true.
+        scores: [N]; a higher score ranks an item earlier.
     """
     precision, recall = _curve(relevant, scores)
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))
@@ -57,14 +57,16 @@ def average_precision(relevant: NDArray[np.bool_], scores: NDArray[np.floating[A
 def average_precision_11_points(
     relevant: NDArray[np.bool_], scores: NDArray[np.floating[Any]]
 ) -> float:
-    """VOC 2007's: the mean over recalls 0, 0.1 ... 1 of the best precision at that recall or more.
+    """Returns VOC 2007's average precision.
+
+    This is the mean over recalls 0, 0.1 ... 1 of the best precision at that recall or more.
 
     Args:
-        relevant: [N], of which at least one is true.
-        scores: [N], higher first.
+        relevant: [N], at least one of them true.
+        scores: [N]; a higher score ranks an item earlier.
     """
     precision, recall = _curve(relevant, scores)
-    # A recall that is a level but for rounding reaches it.
+    # A recall that equals a level except for rounding reaches that level.
     best = [precision[recall >= level - 1e-9].max(initial=0.0) for level in _LEVELS]
     return float(np.mean(best))
 
@@ -72,14 +74,15 @@ def average_precision_11_points(
 def average_precision_trapezoid(
     relevant: NDArray[np.bool_], scores: NDArray[np.floating[Any]]
 ) -> float:
-    """The image-retrieval sets' own (Oxford, Paris, Holidays): trapezoids instead of steps.
+    """Returns the average precision of the image-retrieval sets (Oxford, Paris, Holidays).
 
-    Each relevant item adds the mean of the precision just before it and at it; the first item of
-    all has precision 1 before it.
+    The area under the curve consists of trapezoids instead of steps: each relevant item adds the
+    mean of the precision just before the item and at the item. Before the first item the precision
+    is 1.
 
     Args:
-        relevant: [N], of which at least one is true.
-        scores: [N], higher first; of equal ones the earlier is first.
+        relevant: [N], at least one of them true.
+        scores: [N]; a higher score ranks an item earlier, of equal scores the first comes first.
     """
     order = np.argsort(-scores, kind="stable")
     ranks = np.flatnonzero(relevant[order])
@@ -91,7 +94,7 @@ def average_precision_trapezoid(
 def _curve(
     relevant: NDArray[np.bool_], scores: NDArray[np.floating[Any]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Precision and recall after each distinct score, highest first."""
+    """Returns precision and recall after each distinct score, highest score first."""
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
     ends = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)

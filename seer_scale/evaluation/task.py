@@ -1,8 +1,8 @@
-"""What every evaluation task gets and gives: a `Context` in, a `Result` out.
+"""Interface of every evaluation task: a `Context` goes in, a `Result` comes out.
 
-A task is a module of this package with `class Options(TaskOptions)`, whose fields are what the
-command line takes as `key=value`, and `run(context, options) -> Result`. All ranks call `run`
-alike; the result is the same on all of them.
+A task is a module of `seer_scale.evaluation.tasks` with `run(context, options) -> Result` and
+`Options`, its model in `seer_scale.evaluation.options`. All ranks call `run` together and get the
+same result.
 """
 
 from __future__ import annotations
@@ -13,32 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
-
-
-class TaskOptions(BaseModel):
-    """Base of a task's options: immutable, no unknown keys; fields have descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a task works with.
+    """Inputs of a task.
 
     Attributes:
-        model: the source as the user gave it, for messages and records.
-        trunk: in eval mode on `device`; images [B, 3, H, W] to features [B, C]. A task that trains
-            it may change it.
+        model: source of the trunk as the user gave it, for messages and records.
+        trunk: trunk in eval mode on `device`: images [B, 3, H, W] to features [B, C]. A task that
+            trains the trunk may change it.
         trunk_name: key of `TRUNKS`.
-        data: path or address of the data, as the user gave it.
-        folder: of this evaluation; holds what a resumed one goes on from, and pictures.
-        device: of this rank.
-        say: tells the user something, on rank 0.
-        labels: file of labels instead of those that the data's layout tells, if any.
-        features: folder that keeps features from one evaluation to the next; `folder/features`
-            unless given.
+        data: path or address of the data as the user gave it.
+        folder: folder of this evaluation, for the state that a killed one resumes from and for
+            pictures.
+        device: device of this rank.
+        say: prints a line for the user, on rank 0 only.
+        labels: file of labels that replaces the labels of the data's layout; None uses the layout.
+        features: folder that keeps features for other evaluations; None means `folder/features`.
     """
 
     model: str
@@ -54,12 +47,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task found.
+    """Outcome of a task.
 
     Attributes:
-        metrics: numbers by name, such as `top1` (shares are between 0 and 1).
-        details: JSON values beside them: sweeps, options chosen, counts.
-        pictures: files to be logged, on rank 0.
+        metrics: numbers by name, such as `top1`; shares are between 0 and 1.
+        details: further JSON values: sweeps, chosen options, counts.
+        pictures: files to log, on rank 0.
     """
 
     metrics: dict[str, float]

@@ -1,4 +1,4 @@
-"""The model zoo: plain torch modules that know nothing of processes, objectives or configs."""
+"""The model zoo: plain torch modules, independent of processes, objectives and configuration."""
 
 from seer_scale.models.align import align_channels, paddings_of
 from seer_scale.models.classifier import Classifier, build_classifier

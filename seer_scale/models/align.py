@@ -1,9 +1,9 @@
-"""Channels padded to a multiple that tensor cores like; the function stays the same.
+"""Pads channels to a multiple that tensor cores are fast at; the function stays the same.
 
 Group widths of 373 or 1010 make every convolution take a slow path. Each group is given zero
 channels up to the next multiple: zero rows and columns in the weights, zero scale and shift in the
-BatchNorm. All their activations are 0 and all their gradients are, so they stay 0, which
-docs/performance.md shows layer by layer.
+BatchNorm. Their activations and gradients are all 0, so the padding stays 0; docs/performance.md
+shows this layer by layer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from seer_scale.models.regnet import Block, RegNet
 
 
 class DropPadding(nn.Module):
-    """Channels without their padding: [B, groups * held, ...] to [B, groups * real, ...]."""
+    """Removes the padding of channels: [B, groups * held, ...] to [B, groups * real, ...]."""
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Real channels in their order; the gradient of the padding is zero."""
+        """Returns the real channels in their order; the gradient of the padding is zero."""
         groups = x.reshape(len(x), self.axis.groups, self.axis.held, *x.shape[2:])
         return groups[:, :, : self.axis.real].flatten(1, 2)
 
@@ -37,8 +37,8 @@ def align_channels(trunk: RegNet, multiple: int) -> None:
     """Pads every group of channels of `trunk` to a multiple of `multiple`, in place.
 
     The stem, the groups of each stage and the squeezed channels are padded; the features that leave
-    the trunk are not. Tensors that grow are new and without values: `paddings_of` says where theirs
-    go, and the rest of them has to be zero.
+    the trunk are not. Tensors that grow are new and without values: `paddings_of` says where the
+    values go, and the other elements must be zero.
 
     Args:
         trunk: without values yet (on meta), and not aligned before.
@@ -59,7 +59,7 @@ def align_channels(trunk: RegNet, multiple: int) -> None:
         trunk.paddings[f"{names[layer]}.{leaf}"] = padding
 
     def pad_layer(layer: nn.Module, into: Axis, out: Axis) -> None:
-        """A convolution, or one with BatchNorm behind it, from channels `into` to `out`."""
+        """Pads a convolution, and the BatchNorm after it if there is one, from `into` to `out`."""
         conv, *behind = layer if isinstance(layer, nn.Sequential) else [layer]
         assert isinstance(conv, nn.Conv2d)
         own = Axis(1, into.real, into.held) if conv.groups > 1 else into

@@ -1,4 +1,4 @@
-"""A trunk with a linear classifier: what is fine-tuned (arXiv 2103.01988, section 4)."""
+"""A trunk with a linear classifier, for fine-tuning (SEER, arXiv 2103.01988, section 4)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from seer_scale.models.regnet import RegNet, trunk_config
 
 
 class Classifier(OnTrunk):
-    """Logits from pooled features, called as a pretrained model is, so that engines take both.
+    """Computes logits from pooled features, with the call of `MultiCropModel`: engines take both.
 
     Args:
         trunk: may be on the meta device.
         classes: number of classes N.
-        freeze: so many first stages, and with them the stem, keep their BatchNorm in eval mode.
-            That their weights stand still is the optimizer's task.
+        freeze: number of first stages that keep their BatchNorm in eval mode, as the stem then
+            does. The optimizer keeps the weights of these stages fixed.
     """
 
     def __init__(self, trunk: RegNet, classes: int, freeze: int = 0) -> None:
@@ -29,11 +29,11 @@ class Classifier(OnTrunk):
     def forward(
         self, images: Sequence[Tensor], queue: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features [B, C] and logits [B, N], in float32 or wider, of images [B, 3, H, W].
+        """Returns features [B, C] and logits [B, N], in float32 or wider, of images [B, 3, H, W].
 
         Args:
-            images: one tensor, as the only crop there is.
-            queue: part of the call that engines make; a classifier has none.
+            images: a list of one tensor.
+            queue: ignored; engines pass one.
         """
         (batch,) = images
         features = self.trunk(batch)
@@ -41,7 +41,7 @@ class Classifier(OnTrunk):
         return features, logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def train(self, mode: bool = True) -> Classifier:
-        """Training mode, except for what is frozen."""
+        """Sets training mode, except for frozen stages."""
         super().train(mode)
         if self.freeze:
             for frozen in [self.trunk.stem, *self.trunk.stages()[: self.freeze]]:
@@ -49,7 +49,7 @@ class Classifier(OnTrunk):
         return self
 
     def frozen(self) -> frozenset[str]:
-        """Names of the parameters that stand still."""
+        """Names of the parameters that do not train."""
         stages = list(self.trunk.trunk_output._modules)[: self.freeze]
         prefixes = ("trunk.stem.", *(f"trunk.trunk_output.{stage}." for stage in stages))
         names = [name for name, _ in self.named_parameters()] if self.freeze else []
@@ -59,7 +59,7 @@ class Classifier(OnTrunk):
 def build_classifier(
     trunk: str, *, classes: int, freeze: int = 0, device: torch.device | str = "meta"
 ) -> Classifier:
-    """Constructs a classifier; the caller owes it values.
+    """Constructs a classifier without values.
 
     Raises:
         ConfigError: if `trunk` is unknown.

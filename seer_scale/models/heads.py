@@ -1,4 +1,4 @@
-"""What follows the trunk in SwAV (arXiv 2006.09882, section 3): embeddings and their scores."""
+"""Projection head and prototypes on a trunk (SwAV, arXiv 2006.09882, section 3)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Prototypes(nn.Module):
     """K cluster centres: scores are dot products with `weight` [K, D], without a bias.
 
     The weight and the scores stay float32 under autocast: the scores feed an exponential, and
-    rounded prototypes are known to spoil convergence. Who renormalises the rows after a step is
-    the optimizer.
+    rounded prototypes are known to spoil convergence. The optimizer renormalises the rows after
+    each step.
 
     Args:
         dim: width D of the embeddings.
@@ -61,7 +61,7 @@ class Prototypes(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Scores [N, K] of embeddings [N, D]."""
         device = embeddings.device.type
-        # The meta device, on which shapes and operations are counted, knows no autocast.
+        # Autocast does not exist on the meta device, where shapes and operations are counted.
         available = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if available else nullcontext():
             return F.linear(embeddings.to(self.weight.dtype), self.weight)

@@ -1,7 +1,7 @@
-"""Initial values as a function of (seed, tensor name) alone.
+"""Draws initial values that depend on (seed, tensor name) alone.
 
-Not of construction order, rank, world size or sharding strategy: whoever holds a slice of a
-tensor can draw exactly the values that belong there. Distributions are SEER's (arXiv 2103.01988).
+Construction order, rank, world size and sharding strategy do not matter: a rank that holds a slice
+of a tensor draws exactly the values of that slice. Distributions are SEER's (arXiv 2103.01988).
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def seeded_values(model: nn.Module, seed: int) -> Callable[[str, int, int], Tensor]:
-    """Elements `start` to `stop` of a tensor of `model`, by name; `model` may be on meta.
+    """Returns a function (name, start, stop) -> those elements of a tensor of `model`.
+
+    `model` may be on the meta device.
 
     Raises:
         TypeError: if no rule is known for a tensor.
@@ -133,7 +135,7 @@ def _draw(rule: InitRule, key: str, length: int) -> Tensor:
 
 
 def _module_rules(module: nn.Module) -> dict[str, InitRule]:
-    """Rules of a module's own tensors, from its sizes: a partitioned tensor has lost its shape."""
+    """Rules of a module's own tensors, from its sizes: partitioned tensors have no shape."""
     if isinstance(module, nn.Conv2d):
         area = math.prod(module.kernel_size)
         # SEER's fan_out is not divided by the number of groups.

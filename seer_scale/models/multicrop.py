@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seer_scale.models.heads import ProjectionHead, Prototypes
 from seer_scale.models.on_trunk import OnTrunk
@@ -18,22 +18,26 @@ from seer_scale.models.regnet import RegNet, trunk_config
 
 
 class MultiCropModel(OnTrunk):
-    """The network that is pretrained; it knows no objective and no other process."""
+    """The network for pretraining; independent of objectives and of other processes."""
 
     def __init__(self, trunk: RegNet, head: ProjectionHead, prototypes: Prototypes) -> None:
         super().__init__(trunk)
         self.head = head
         self.prototypes = prototypes
 
+    def float32_parts(self) -> list[nn.Module]:
+        """The prototypes: scores feed Sinkhorn's exponentials."""
+        return [self.prototypes]
+
     def forward(
         self, crops: Sequence[Tensor], queue: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """All resolutions through the trunk together, one head pass over all crops.
+        """Runs the trunk over all resolutions and the head once over all crops.
 
         Args:
             crops: a tensor per resolution, [count * B, 3, size, size], crop-major: all images'
                 first crop, then all images' second crop.
-            queue: embeddings [R, D] of earlier batches to be scored too.
+            queue: embeddings [R, D] of earlier batches, to be scored as well.
 
         Returns:
             embeddings [crops * B, D] with unit rows, and scores [crops * B + R, K], the queue's
@@ -53,9 +57,9 @@ def build_model(
     prototypes: int,
     device: torch.device | str | None = None,
 ) -> MultiCropModel:
-    """Constructs the model only: the caller owes it values, by `initialise` or a checkpoint.
+    """Constructs the model without values; `initialise` or a checkpoint gives it values.
 
-    Sharding needs the model before its values exist, so none that count are drawn here.
+    Sharding needs the model before its values exist, so no value is drawn here.
 
     Args:
         trunk: key of `TRUNKS`.

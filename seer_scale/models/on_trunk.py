@@ -1,4 +1,4 @@
-"""What every network with a RegNet trunk offers to a sharding strategy: its stages and units."""
+"""Stages, blocks and units that every network on a RegNet trunk offers to a sharding strategy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from seer_scale.models.regnet import RegNet
 
 
 class OnTrunk(nn.Module):
-    """A trunk with something on it: the trunk's blocks, and every other child as one more part."""
+    """A network on a trunk; each child beside the trunk is one more part."""
 
     def __init__(self, trunk: RegNet) -> None:
         super().__init__()
@@ -24,11 +24,21 @@ class OnTrunk(nn.Module):
         """The trunk's residual blocks, stage by stage."""
         return self.trunk.blocks()
 
-    def units(self, heavy: int) -> list[nn.Module]:
-        """What a sharding strategy gathers and frees as one, inner modules before outer ones.
+    def float32_parts(self) -> list[nn.Module]:
+        """The children whose forward pass stays in float32 under every precision."""
+        return []
 
-        The blocks, whatever stands on the trunk, and single convolutions or linear layers of more
-        than `heavy` parameters. What is left over (the stem) belongs to the model itself.
+    def low_precision_layers(self) -> list[nn.Module]:
+        """The convolutions and linear layers that run in 16 bit under a precision of 16 bit."""
+        wide = {module for part in self.float32_parts() for module in part.modules()}
+        layers = (m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        return [layer for layer in layers if layer not in wide]
+
+    def units(self, heavy: int) -> list[nn.Module]:
+        """Lists the modules that are gathered and freed as one, inner modules before outer ones.
+
+        The units are the blocks, the parts on top of the trunk, and single convolutions or linear
+        layers of more than `heavy` parameters. The rest (the stem) belongs to the model itself.
         """
         on_top = [child for child in self.children() if child is not self.trunk]
         units: list[nn.Module] = []

@@ -1,11 +1,11 @@
-"""Zeros inside a tensor: which elements of a flat run are real, and where they lie without them.
+"""Zero padding inside a tensor: maps flat runs of the padded tensor to the plain tensor and back.
 
 A dimension of `groups` runs of `real` channels holds each run followed by zeros up to `held`:
 
     groups=2, real=3, held=4      a b c 0 d e f 0
 
-Taking the zeros out keeps the order. So the real elements of any flat run of the padded tensor are
-one flat run of the tensor without padding, and nobody needs an index to go from one to the other.
+Removing the zeros keeps the order. So the real elements of any flat run of the padded tensor are
+one flat run of the plain tensor, and no index is needed to go from one to the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Padding:
-    """Of one tensor, dimension by dimension."""
+    """Padding of one tensor: one `Axis` per dimension."""
 
     axes: tuple[Axis, ...]
 
@@ -40,11 +40,11 @@ class Padding:
 
     @property
     def real_shape(self) -> tuple[int, ...]:
-        """Its shape without."""
+        """The tensor's shape without padding."""
         return tuple(axis.groups * axis.real for axis in self.axes)
 
     def before(self, offset: int) -> int:
-        """How many real elements lie before the flat element `offset` of the padded tensor."""
+        """Counts the real elements before the flat element `offset` of the padded tensor."""
         count = 0
         for level, (held, real) in enumerate(self._levels):
             rest = math.prod(held for held, _ in self._levels[level + 1 :])
@@ -55,7 +55,7 @@ class Padding:
         return count
 
     def take_out(self, flat: Tensor, offset: int) -> Tensor:
-        """The real elements [m], a copy, of `flat` [n], which begins at `offset` of the tensor."""
+        """Copies the real elements [m] of `flat` [n], which begins at `offset` of the tensor."""
         real = flat.new_empty(self.before(offset + len(flat)) - self.before(offset))
         start = 0
         for view in _real_views(flat, offset, self._levels):
@@ -64,7 +64,7 @@ class Padding:
         return real
 
     def put_in(self, real: Tensor, offset: int, length: int) -> Tensor:
-        """`length` elements from `offset` on, with zeros between those of `real` [m]."""
+        """Returns `length` elements from `offset` on: those of `real` [m], zeros between."""
         flat = real.new_zeros(length)
         start = 0
         for view in _real_views(flat, offset, self._levels):
@@ -74,7 +74,7 @@ class Padding:
 
     @cached_property
     def _levels(self) -> tuple[tuple[int, int], ...]:
-        """Places and real ones, outermost first: of every axis its groups, then the channels."""
+        """(held, real) sizes, outermost first: for each axis the groups, then the channels."""
         return tuple(
             level
             for axis in self.axes
@@ -83,9 +83,10 @@ class Padding:
 
 
 def _real_views(flat: Tensor, offset: int, levels: tuple[tuple[int, int], ...]) -> Iterator[Tensor]:
-    """Strided views of the real elements of `flat`, in order; a few whatever its length.
+    """Yields strided views of the real elements of `flat`, in order: few, whatever the length.
 
-    Those that complete the item of `levels[0]` that `offset` lies in, whole items, and the rest.
+    First the rest of the item of `levels[0]` in which `offset` lies, then whole items, then the
+    beginning of the last item.
     """
     (_, real), inner = levels[0], levels[1:]
     if not inner:

@@ -7,7 +7,6 @@ its networks are others: 800 MF (second stage 144, here 128) and 8 GF (first sta
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.regnet import AnyStage, ResBottleneckBlock, SimpleStemIN
 
-from seer_scale.errors import ConfigError
+from seer_scale.errors import ConfigError, suggestion
 from seer_scale.models.initialise import initialise
 from seer_scale.models.padding import Padding
 
@@ -29,7 +28,7 @@ STRIDE = 2  # of the first block of every stage, the first stage too
 
 
 class Stage(NamedTuple):
-    """`depth` blocks of one width; their 3x3 convolutions have groups of `group_width` channels."""
+    """A stage of `depth` blocks of one width; 3x3 convolutions have groups of `group_width`."""
 
     depth: int
     width: int
@@ -61,7 +60,7 @@ class RegNetConfig:
         sizes = min(self.depth, self.w_0, self.group_width, self.stem_width)
         if sizes < 1 or self.w_0 % QUANTUM or self.w_a < 0 or self.w_m <= 1 or self.se_ratio <= 0:
             raise ConfigError(
-                f"{self} is no RegNetY: depth, group_width, stem_width and se_ratio must be "
+                f"{self} is not a RegNetY: depth, group_width, stem_width and se_ratio must be "
                 f"positive, w_0 a positive multiple of {QUANTUM}, w_a >= 0 and w_m > 1."
             )
 
@@ -228,16 +227,15 @@ class RegNet(nn.Module):
 
 
 def trunk_config(name: str) -> RegNetConfig:
-    """The entry `name` of `TRUNKS`.
+    """Returns the entry `name` of `TRUNKS`.
 
     Raises:
-        ConfigError: if there is none, naming the nearest one.
+        ConfigError: for an unknown name; the sentence has the nearest name.
     """
     if name in TRUNKS:
         return TRUNKS[name]
-    near = difflib.get_close_matches(name, TRUNKS, n=1)
-    hint = f"did you mean {near[0]!r}? Known trunks" if near else "known trunks"
-    raise ConfigError(f"model.trunk={name!r} is no known trunk; {hint}: {', '.join(TRUNKS)}.")
+    hint = suggestion(name, TRUNKS, f"known trunks: {', '.join(TRUNKS)}")
+    raise ConfigError(f"model.trunk={name!r} is not a known trunk; {hint}.")
 
 
 def build_trunk(name: str, device: torch.device | str | None = None) -> RegNet:

@@ -1,4 +1,4 @@
-"""Training objectives, and how to bring one's own.
+"""Training objectives on embeddings and scores, and the way to bring your own.
 
 An objective is a class whose constructor takes `crops: int` and its own options, all as keyword
 arguments with type annotations that exist at run time; those options are the keys `objective.*`

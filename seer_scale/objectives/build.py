@@ -1,11 +1,10 @@
-"""From a name and a recipe's options to an objective, built in or installed by a third party.
+"""Builds an objective from a name and a recipe's options; third parties can install their own.
 
 Options are checked against the constructor's own signature, so an objective states them once.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from seer_scale.errors import ConfigError
+from seer_scale.errors import ConfigError, suggestion
 from seer_scale.objectives.simclr import SimCLR
 from seer_scale.objectives.swav import SwAV
 
@@ -26,12 +25,17 @@ NOT_OPTIONS = ("crops", "group")  # the run's to decide, not the recipe's object
 
 
 class Objective(Protocol):
-    """What every objective does; see the package's docstring for what it may do besides."""
+    """The call of every objective; the package's docstring has the optional parts."""
 
     def __call__(
         self, embeddings: Tensor, scores: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        """Loss and metrics of one micro-batch."""
+        """Returns loss and metrics of one micro-batch.
+
+        Args:
+            embeddings: [crops * B, D], unit rows, crop-major.
+            scores: [crops * B + queue rows, K].
+        """
 
 
 def build_objective(name: str, *, crops: int, options: Mapping[str, Any]) -> Objective:
@@ -62,12 +66,17 @@ def build_objective(name: str, *, crops: int, options: Mapping[str, Any]) -> Obj
 
 
 def check_options(name: str, options: Mapping[str, Any], *, crops: int = 6) -> None:
-    """Raises what `build_objective` would, before anything else of a run exists.
+    """Raises the errors of `build_objective` before any other part of a run exists.
 
     Raises:
         ConfigError: if there is no such objective, or it does not take these options.
     """
     build_objective(name, crops=crops, options=options)
+
+
+def objective_names() -> list[str]:
+    """Names of the objectives here and in installed packages."""
+    return sorted({*OBJECTIVES, *(offer.name for offer in entry_points(group=ENTRY_POINTS))})
 
 
 def _find(name: str) -> Any:
@@ -87,15 +96,15 @@ def _find(name: str) -> Any:
                 f"objective.name is {name!r}, but the installed package {_package(offer)}, which "
                 f"offers it as {offer.value}, cannot be imported: {type(error).__name__}: {error}"
             ) from error
-    known = sorted({*OBJECTIVES, *(offer.name for offer in entry_points(group=ENTRY_POINTS))})
+    known = objective_names()
     raise ConfigError(
-        f"objective.name is {name!r}, which is no objective: "
-        + _nearest(name, known, f"known are {', '.join(known)}")
+        f"objective.name is {name!r}, which is not an objective: "
+        + suggestion(name, known, f"known are {', '.join(known)}")
     )
 
 
 def _checked(name: str, constructor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, converted to the types that the constructor's annotations name."""
+    """Converts options to the types of the constructor's annotations."""
     taken = {
         key: parameter
         for key, parameter in inspect.signature(constructor, eval_str=True).parameters.items()
@@ -109,7 +118,7 @@ def _checked(name: str, constructor: Any, options: Mapping[str, Any]) -> dict[st
         if key not in taken:
             raise ConfigError(
                 f"objective.{key} is not an option of objective {name!r}: "
-                + _nearest(key, list(taken), f"it takes {', '.join(taken) or 'none'}")
+                + suggestion(key, list(taken), f"it takes {', '.join(taken) or 'none'}")
             )
         annotation = taken[key].annotation
         adapter = TypeAdapter(Any if annotation is inspect.Parameter.empty else annotation)
@@ -123,11 +132,6 @@ def _checked(name: str, constructor: Any, options: Mapping[str, Any]) -> dict[st
                 f"({detail[0].lower()}{detail[1:]})"
             ) from None
     return values
-
-
-def _nearest(name: str, known: list[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}? {otherwise[0].upper()}{otherwise[1:]}" if near else otherwise
 
 
 def _package(offer: EntryPoint) -> str:

@@ -1,6 +1,6 @@
-"""Signs of collapse, the usual way for self-supervised training to fail: named, then in words.
+"""Signs of collapse, the usual failure of self-supervised training, and a warning.
 
-A collapsed trunk gives every image the same embedding; the loss then stays where guessing is.
+A collapsed trunk gives every image the same embedding; the loss then stays at chance level.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ REMEDIES = (
 
 @torch.no_grad()
 def embedding_std(embeddings: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Spread of unit embeddings [N, D]: about 1 if in all directions, 0 if all are the same.
+    """Spread of unit embeddings [N, D]: about 1 for all directions, 0 if all rows are equal.
 
-    It is sqrt(D) times the standard deviation over the rows of all ranks, averaged over the D
-    dimensions. One all-reduce.
+    The spread is sqrt(D) times the standard deviation over the rows of all ranks, averaged over
+    the D dimensions. One all-reduce.
     """
     wide = embeddings.double()  # the variance of a collapse is a difference of near equals
     count = wide.new_full((1,), wide.shape[0])
@@ -55,7 +55,7 @@ def usage_entropy(codes: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def collapse_warning(metrics: Mapping[str, float]) -> str | None:
-    """A sentence if the metrics are those of a collapsed run, else None.
+    """Returns a sentence if the metrics are those of a collapsed run, else None.
 
     Untrained trunks look much the same, and frozen prototypes keep the loss near ln K, so ask
     with metrics averaged over recent steps, well after the prototypes were released.
@@ -94,7 +94,7 @@ class CollapseWatch:
         self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Takes in the metrics of a step; a sentence if the run looks collapsed."""
+        """Takes in the metrics of a step; returns a sentence if the run looks collapsed."""
         self._recent.append(metrics)
         if step < self._settled or step % WINDOW:
             return None

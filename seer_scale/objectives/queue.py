@@ -1,4 +1,4 @@
-"""Embeddings of earlier batches, so that small batches still fill the prototypes (SwAV, 5.1)."""
+"""Queue of embeddings of earlier batches, for small batches (SwAV, section 5.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class EmbeddingQueue:
 
     Args:
         length: embeddings kept per assign crop.
-        start: calls of `push` before which the queue is not offered, even when full.
+        start: number of calls of `push` before the queue is used, even if full earlier.
     """
 
     def __init__(self, length: int, start: int) -> None:
@@ -25,14 +25,14 @@ class EmbeddingQueue:
 
     @property
     def rows(self) -> Tensor | None:
-        """[assign_crops * length, D], crop-major; None until the queue is full and started."""
+        """Embeddings [assign_crops * length, D], crop-major; None until full and started."""
         kept = self._kept
         if kept is None or kept.shape[1] < self.length or self._pushes < self.start:
             return None
         return kept.flatten(0, 1)
 
     def push(self, embeddings: Tensor) -> None:
-        """Puts embeddings [assign_crops, B, D] in front; the oldest beyond `length` leave."""
+        """Adds embeddings [assign_crops, B, D] in front; drops the oldest beyond `length`."""
         newest = embeddings.detach()
         if self._kept is not None:
             newest = torch.cat([newest, self._kept], dim=1)
@@ -41,7 +41,7 @@ class EmbeddingQueue:
         self._batch = embeddings.shape[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's embeddings, the number of pushes and the rows of one, as tensors."""
+        """This rank's embeddings, the number of pushes and the rows per push, as tensors."""
         state = {
             "queue_pushes": torch.tensor(self._pushes),
             "queue_batch": torch.tensor(self._batch),
@@ -51,7 +51,7 @@ class EmbeddingQueue:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over a state, on the device where its tensors are.
+        """Restores a state, on the device of its tensors.
 
         A longer queue than this one is cut to its newest embeddings, a shorter one fills up.
         """
@@ -63,7 +63,7 @@ class EmbeddingQueue:
 def reshard_queue(
     states: Sequence[Mapping[str, Tensor]], rank: int, world_size: int
 ) -> dict[str, Tensor]:
-    """What rank `rank` of `world_size` would hold of the queues that other ranks saved.
+    """Distributes saved queues over another number of ranks; returns the part of `rank`.
 
     The queues together are one, ordered by push, newest first, and within a push by rank: the
     order of the samples. Every `world_size`-th of its rows goes to a rank, so that each push is

@@ -19,7 +19,7 @@ from seer_scale.objectives.collapse import embedding_std
 
 
 class SimCLR:
-    """Contrastive loss against the embeddings of all ranks; it has no use for prototypes.
+    """Contrastive loss against the embeddings of all ranks; prototypes are not used.
 
     Args:
         crops: crops per image.
@@ -43,7 +43,7 @@ class SimCLR:
         self.group = group
 
     def __call__(self, embeddings: Tensor, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of this rank's micro-batch; its mean over ranks is that of the global one.
+        """Loss of this rank's micro-batch; the mean over ranks is the loss of the global batch.
 
         Args:
             embeddings: [crops * B, D], crop-major, unit rows.

@@ -19,7 +19,7 @@ SMALLEST_EPSILON = torch.finfo(torch.float32).tiny  # below it a division would 
 def sinkhorn_knopp(
     scores: Tensor, *, epsilon: float, iterations: int, group: ProcessGroup | None = None
 ) -> Tensor:
-    """Codes of scores [B, K]: every sample's sum to 1, the prototypes are used equally.
+    """Codes [B, K] of scores [B, K]: each sample's codes sum to 1, prototypes are used equally.
 
     An iteration scales every prototype's codes to the same sum over the samples of all ranks,
     then every sample's to the same sum. Ranks may hold different numbers of samples, but at
@@ -33,7 +33,7 @@ def sinkhorn_knopp(
         group: ranks whose samples are balanced together; all unless given.
 
     Raises:
-        ValueError: if the scores are no matrices, or a number is out of range.
+        ValueError: if the scores are not matrices, or a number is out of range.
     """
     if scores.dim() not in (2, 3) or scores.numel() == 0:
         raise ValueError(

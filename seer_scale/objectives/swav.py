@@ -1,7 +1,7 @@
-"""SwAV: predict one crop's code from the scores of the others (arXiv 2006.09882, section 3).
+"""SwAV: predicts one crop's code from the scores of the others (arXiv 2006.09882, section 3).
 
-SEER's objective too. Gradient accumulation does not enlarge the batch that the codes are balanced
-over: that is one micro-batch of all ranks, plus the queue if there is one.
+SEER uses the same objective. Codes are balanced over one micro-batch of all ranks, plus the queue
+if there is one; gradient accumulation does not enlarge that batch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SwAV:
         return None if self._queue is None else self._queue.rows
 
     def __call__(self, embeddings: Tensor, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of this rank's micro-batch; its mean over ranks is that of the global one.
+        """Loss of this rank's micro-batch; the mean over ranks is the loss of the global batch.
 
         Args:
             embeddings: [crops * B, D], crop-major, unit rows.
@@ -152,16 +152,16 @@ class SwAV:
         return rows // self.crops
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The queue of this rank; every rank's is different."""
+        """The queue of this rank; each rank has its own queue."""
         return {} if self._queue is None else self._queue.state_dict()
 
     def reshard(
         self, states: Sequence[Mapping[str, Tensor]], rank: int, world_size: int
     ) -> dict[str, Tensor]:
-        """The state of one rank out of those that another number of ranks saved."""
+        """Computes one rank's state from the states that another number of ranks saved."""
         return reshard_queue(states, rank, world_size) if states[0] else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continues with a queue from `state_dict`; without one in it the queue starts empty."""
+        """Restores the queue from `state_dict`; the queue starts empty if the state has none."""
         if self._queue is not None and state:
             self._queue.load_state_dict(state)

@@ -1,8 +1,9 @@
-"""Schedules as pure functions of the step: nothing to save, nothing to restore.
+"""Schedules as pure functions of the step, so that a checkpoint holds nothing of them.
 
 The values are SEER's to the digit (arXiv 2103.01988; arXiv 2202.08360), including two habits of
-its trainer: the warm-up starts from the learning rate of one node's batch, and the cosine is
-evaluated at the progress of the whole run, so the first value after the warm-up is not the peak.
+SEER's trainer. The warm-up starts from the learning rate of one node's batch. The cosine
+(Loshchilov and Hutter, arXiv 1608.03983, without restarts) is evaluated at the progress of the
+whole run, so that the first value after the warm-up is below the peak.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-REFERENCE_BATCH = 256  # images; base learning rates are given per this many
+REFERENCE_BATCH = 256  # images that a base learning rate is given for
 
 
 def scaled_lr(base_lr: float, batch: int) -> float:
-    """Learning rate of a batch of `batch` images by the linear scaling rule.
+    """Scales `base_lr` to `batch` images by the linear rule (Goyal et al., arXiv 1706.02677).
 
-    With the global batch it is the peak, with one node's batch the start of SEER's warm-up.
+    With the global batch the result is the peak, with one node's batch the start of SEER's warm-up.
     """
     return base_lr * batch / REFERENCE_BATCH
 
 
 def warmup_start(peak: float, *, nodes: float, floor: float) -> float:
-    """Where the linear warm-up starts: the learning rate scaled to one node's batch.
+    """Learning rate at the start of the warm-up: `peak` scaled to the batch of one node.
 
-    On a single node that would be the peak, so no warm-up at all (VISSL drops it silently there,
-    which its users took for a fault); there it starts from `floor`.
+    On a single node that would be the peak, and so no warm-up at all (VISSL drops the warm-up
+    silently there, which its users took for a fault). On a single node the result is `floor`.
     """
     return peak / nodes if nodes > 1 else floor
 
@@ -43,13 +44,13 @@ def learning_rate(
     """Learning rate of optimizer step `step`, counted from 0.
 
     Args:
-        step: 0 <= step <= total_steps; the value at `total_steps` is where the run would arrive.
+        step: 0 <= step <= total_steps; the last step of a run is total_steps - 1.
         total_steps: steps of the whole run.
         warmup_steps: steps of the linear rise from `start` towards `peak`.
         start: learning rate of step 0, if there is a warm-up.
-        peak: learning rate of "constant" after the warm-up, and where "cosine" falls from.
-        end: where "cosine" arrives; SEER's is peak / 1000.
-        schedule: what follows the warm-up.
+        peak: learning rate of "constant" after the warm-up, and highest value of "cosine".
+        end: value of "cosine" at `total_steps`; SEER's is peak / 1000.
+        schedule: form of the curve after the warm-up.
     """
     if step < warmup_steps:
         return start + (peak - start) * step / warmup_steps
@@ -59,5 +60,5 @@ def learning_rate(
 
 
 def prototypes_frozen(step: int, freeze_steps: int) -> bool:
-    """Whether the prototypes stand still in step `step`, counted from 0 (SwAV, appendix A)."""
+    """Whether the prototypes do not move in step `step`, counted from 0 (SwAV, appendix A)."""
     return step < freeze_steps

@@ -1,8 +1,8 @@
-"""What a rank holds of a tensor: a contiguous run of its elements, whatever the strategy.
+"""Slices: the contiguous run of a tensor's elements that a rank holds, under any strategy.
 
-A whole tensor (DDP), a DTensor shard of rows (FSDP) and a flat partition (ZeRO, FairScale) are the
-same kind of thing, and optimizer, initial values and checkpoints are written on it once. Of tensors
-with aligned channels a rank holds zeros as well; values come in and go out without them, here.
+A whole tensor (DDP), a DTensor shard of rows (FSDP) and a flat partition (ZeRO, FairScale) are all
+slices, so that optimizer, initial values and checkpoints are written once, for slices. A tensor
+with aligned channels has zeros as padding; values enter and leave a slice without the padding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -19,7 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from seer_scale.models.align import paddings_of
 from seer_scale.models.padding import Padding
 
-# Elements `start` to `stop` of the tensor `name`, flat: from a seed, or from a checkpoint.
+# (name, start, stop) -> elements `start` to `stop` of that tensor, flat [stop - start]; the values
+# come from a seed or from a checkpoint.
 Values = Callable[[str, int, int], Tensor]
 
 
@@ -27,8 +27,15 @@ Values = Callable[[str, int, int], Tensor]
 class Slice:
     """A contiguous run of a tensor's elements, held by this rank as flat views.
 
-    `values` and `momentum` are float32 views [n] into the master weights and optimizer state:
-    writing to them changes the training. Where there is `padding`, all are of the padded tensor.
+    Writing to `values` or `momentum` changes the training.
+
+    Attributes:
+        name: name of the tensor.
+        shape: shape of the whole tensor; of the padded one if there is `padding`.
+        offset: number of elements of the whole tensor before the slice.
+        values: float32 view [n] into the master weights.
+        momentum: float32 view [n] into the optimizer state.
+        padding: padding of a tensor with aligned channels, or None.
     """
 
     name: str
@@ -39,7 +46,7 @@ class Slice:
     padding: Padding | None = None
 
     def without_padding(self) -> Slice:
-        """The slice as files have it: a copy, and perhaps of no elements, if there is padding."""
+        """Returns the slice as files hold it; with padding a copy, perhaps without elements."""
         if self.padding is None:
             return self
         return Slice(
@@ -52,7 +59,12 @@ class Slice:
 
 
 def with_padding(values: Values, paddings: Mapping[str, Padding]) -> Values:
-    """The same values for a model that holds these tensors padded, with zeros as padding."""
+    """Returns `values` for a model that holds these tensors padded with zeros.
+
+    Args:
+        values: source of the values without padding.
+        paddings: padding by tensor name.
+    """
 
     def padded(name: str, start: int, stop: int) -> Tensor:
         if name not in paddings:
@@ -65,7 +77,7 @@ def with_padding(values: Values, paddings: Mapping[str, Padding]) -> Values:
 
 
 def buffers_without_padding(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of `model` as files have them."""
+    """Yields name and value of the buffers of `model` as files hold them, without padding."""
     paddings = paddings_of(model)
     for name, buffer in model.named_buffers():
         padding = paddings.get(name)
@@ -75,20 +87,21 @@ def buffers_without_padding(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: of a DTensor its shard, of any other all of it."""
-    # Optimizers and initialisation run outside autograd, where the shard is a view.
+    """Returns this rank's part of a tensor: the shard of a DTensor, or the whole other tensor."""
+    # The shard is a view, because optimizers and initialisation run outside autograd.
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def extent(tensor: Tensor, shape: tuple[int, ...], rank: int, shards: int) -> tuple[int, int]:
-    """Where this rank's part of a tensor starts, and how many elements it has without padding.
+    """Computes the offset of this rank's part of a tensor, and its length without padding.
 
     Args:
-        tensor: a DTensor sharded by rows; or a flat partition, one of `shards` equal ones that
-            follow each other in rank order, the last padded; or, with one shard, the whole.
-        shape: of the whole tensor.
-        rank: of this process among the shards.
-        shards: ranks that hold one part each.
+        tensor: a DTensor sharded by rows; or a flat partition, one of `shards` equal partitions
+            that follow each other in rank order, the last one padded; or, with one shard, the whole
+            tensor.
+        shape: shape of the whole tensor.
+        rank: rank of this process among the shards.
+        shards: number of ranks that hold one part each.
     """
     if isinstance(tensor, DTensor):
         sizes, offsets = compute_local_shape_and_global_offset(
@@ -98,33 +111,3 @@ def extent(tensor: Tensor, shape: tuple[int, ...], rank: int, shards: int) -> tu
         return (offsets[0] * math.prod(shape[1:]) if length and offsets else 0), length
     offset = rank * tensor.numel() if shards > 1 else 0
     return offset, max(0, min(tensor.numel(), math.prod(shape) - offset))
-
-
-@torch.no_grad()
-def fill(
-    model: nn.Module,
-    values: Values,
-    names: dict[Tensor, str] | None = None,
-    *,
-    recurse: bool = True,
-) -> None:
-    """Gives what this rank holds of every parameter and buffer of `model` its value, in place.
-
-    Args:
-        model: materialised; its parameters whole or DTensors.
-        values: where values come from.
-        names: of the tensors in the whole model, where `model` is a part of it.
-        recurse: the modules inside of `model` too.
-
-    Raises:
-        ValueError: if a tensor has no memory here.
-    """
-    tensors = [*model.named_parameters(recurse=recurse), *model.named_buffers(recurse=recurse)]
-    for own, tensor in tensors:
-        name = own if names is None else names[tensor]
-        part = local(tensor)
-        if part.is_meta:
-            raise ValueError(f"{name} has no memory to fill: materialise it first (to_empty)")
-        offset, length = extent(tensor, tuple(tensor.shape), 0, 1)
-        if length:
-            part.copy_(values(name, offset, offset + length).view(part.shape))

@@ -1,4 +1,4 @@
-"""The arithmetic of one step of SGD with LARC on flat tensors, at memory's speed."""
+"""Arithmetic of one step of SGD with momentum on flat tensors, at the speed of the memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Elements that one core takes through all operations before the next: half a MiB of each tensor
-# stays in its caches, so main memory is read and written once and not once an operation.
+# Elements that one core takes through all operations before the next elements: half a MiB of each
+# tensor stays in its caches, so that main memory is read and written once, not once per operation.
 CHUNK = 1 << 17
-ROW = 256  # elements whose squares are added in float32
+ROW = 256  # number of elements whose squares are added in float32
 
 
 def update_(
@@ -24,27 +24,28 @@ def update_(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """g <- on_grad * g + on_value * p, m <- momentum * m + g, p <- p - lr * m, all in place.
+    """Computes g <- on_grad * g + on_value * p, m <- momentum * m + g, p <- p - lr * m, in place.
 
-    With Nesterov's momentum p <- p - lr * (g + momentum * m). A GPU decides by itself whether the
-    step is skipped; then p and m stay as they are, bit for bit.
+    With Nesterov's momentum p <- p - lr * (g + momentum * m); both as `torch.optim.SGD` without
+    dampening. A skipped step leaves p and m as they are, bit for bit; a GPU decides this without
+    the host.
 
     Args:
-        values: p of every tensor, flat.
-        grads: g, which are used up.
-        momenta: m.
-        on_grad: a factor [] for each.
-        on_value: the same.
-        skipped: [] bool.
+        values: p of each of N tensors, flat [n].
+        grads: g of each tensor, [n]; overwritten.
+        momenta: m of each tensor, [n].
+        on_grad: factor of each g, [].
+        on_value: factor of each p, [].
+        skipped: whether to leave the step out, [] bool.
         lr: learning rate.
         momentum: share of the momentum that is kept.
-        nesterov: Nesterov's momentum.
+        nesterov: use Nesterov's momentum.
     """
-    # A GPU decides by itself; what has no memory, as in an estimate, cannot be asked at all.
+    # A GPU decides without the host; a fake tensor, as in an estimate, has no value to read.
     if values[0].device.type != "cpu" or isinstance(values[0], FakeTensor):
         fused_update_(values, grads, momenta, on_grad, on_value, skipped, lr, momentum, nesterov)
         return
-    if skipped:  # what is on the host need not be waited for
+    if skipped:  # on the host, so that reading it waits for nothing
         return
     for value, grad, velocity, a, b in zip(values, grads, momenta, on_grad, on_value, strict=True):
         for p, g, m in zip(_chunks(value), _chunks(grad), _chunks(velocity), strict=True):
@@ -64,17 +65,17 @@ def fused_update_(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """The same in three calls for all tensors, for a GPU; without momentum m stays as it is.
+    """Computes `update_` in three calls for all tensors, for a GPU; for momentum 0, m is not used.
 
-    On a CPU torch's fused step rounds an element by where it stands in the tensor, so that shards
-    would differ from the whole in the last bit.
+    On a CPU the rounding of torch's fused step depends on the place of an element in the tensor, so
+    that shards would differ from the whole tensor in the last bit.
     """
     torch._foreach_mul_(grads, on_grad)
     torch._foreach_addcmul_(grads, values, on_value)
     torch._fused_sgd_(
         values,
         grads,
-        momenta if momentum > 0 else [],  # torch refuses any for 0
+        momenta if momentum > 0 else [],  # torch refuses them for momentum 0
         lr=lr,
         momentum=momentum,
         nesterov=nesterov and momentum > 0,
@@ -87,16 +88,17 @@ def fused_update_(
 
 
 def wide_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Norms of flat tensors as float64, exact enough not to depend on how a tensor is cut.
+    """Computes norms [] of flat tensors [n] in float64, independent of how a tensor is cut.
 
-    On a CPU torch's norm in float64 takes twenty times as long as reading the tensor. Large tensors
-    are squared and summed in rows of float32 there, and the rows' norms in float64, which was seen
-    to be good to ten digits; a sum of float32 alone lost four in eight million elements.
+    On a CPU torch's norm in float64 takes twenty times as long as reading the tensor. There, large
+    tensors are squared and summed in float32 rows, and the norms of the rows in float64. This was
+    measured to be good to ten digits; a sum in float32 alone lost four digits in eight million
+    elements.
     """
     if tensors[0].device.type != "cpu":
         return list(torch._foreach_norm(tensors, dtype=torch.float64))
-    small = [index for index, tensor in enumerate(tensors) if tensor.numel() < CHUNK]
-    norms = [tensors[0].new_empty((), dtype=torch.float64)] * len(tensors)
+    small = [index for index, tensor in enumerate(tensors) if 0 < tensor.numel() < CHUNK]
+    norms = [tensors[0].new_zeros((), dtype=torch.float64)] * len(tensors)
     if small:
         found = torch._foreach_norm([tensors[i] for i in small], dtype=torch.float64)
         for index, norm in zip(small, found, strict=True):

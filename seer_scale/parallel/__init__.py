@@ -1,5 +1,5 @@
-"""Processes and what they share: BatchNorm groups, recomputation, and the engines that shard."""
+"""Sharding strategies behind one `Engine`, and what they do to a model."""
 
-from seer_scale.parallel.batchnorm import convert_sync_batchnorm
+from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
 
 __all__ = ["convert_sync_batchnorm"]

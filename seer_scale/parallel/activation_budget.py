@@ -1,4 +1,4 @@
-"""Activation checkpointing `auto`: the fewest recomputed blocks whose activations fit a budget."""
+"""Activation checkpointing `auto`: recompute the fewest blocks whose activations fit a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from seer_scale.errors import ConfigError
-from seer_scale.models import MultiCropModel
+from seer_scale.models import MultiCropModel, align_channels
 from seer_scale.parallel.activation_profile import ActivationProfile, profile_activations
 
 GIB = 2**30
@@ -17,13 +17,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RecomputePlan:
-    """Which blocks to recompute, by position in the trunk, and what a micro-batch takes then.
+    """Blocks to recompute, and the memory that a micro-batch then needs.
 
     Attributes:
-        recomputed: positions, counted through the stages.
-        blocks: how many the trunk has.
-        peak: bytes of activations, as profiled.
-        budget: GiB.
+        recomputed: positions of the blocks in the trunk, counted through all stages.
+        blocks: number of blocks of the trunk.
+        peak: largest number of bytes of activations, as profiled.
+        budget: GiB that were allowed.
     """
 
     recomputed: frozenset[int]
@@ -44,22 +44,32 @@ def plan_recompute(
     crops: Sequence[tuple[int, int]],
     precision: str,
     budget: float,
+    align: int = 1,
+    weights: torch.dtype | None = None,
 ) -> RecomputePlan:
-    """Profiles the model and chooses; every rank comes to the same plan by itself.
+    """Profiles the model and chooses the blocks; every rank computes the same plan by itself.
 
-    The budget is for what one micro-batch leaves on a rank in its forward and backward pass (see
-    `activation_profile`), not for weights, gradients or optimizer state.
+    The budget covers the activations of one micro-batch on a rank (see `activation_profile`), not
+    weights, gradients or optimizer state.
 
     Args:
-        build: makes the model on the device it is given.
-        crops: per resolution the images of a micro-batch and their size in pixels.
-        precision: of `train.precision`.
+        build: makes the model on the given device.
+        crops: number of images of a micro-batch and their size in pixels, per resolution.
+        precision: fp32, bf16, amp-o1 or apex-o1.
         budget: GiB per rank.
+        align: multiple that the trunk's channel groups are padded to in training.
+        weights: type of the gathered weights, from `precision.held_as`.
 
     Raises:
         ConfigError: if no choice of blocks fits.
     """
-    profile = profile_activations(build, crops, precision)
+
+    def build_aligned(device: torch.device) -> MultiCropModel:
+        model = build(device)
+        align_channels(model.trunk, align)
+        return model
+
+    profile = profile_activations(build_aligned, crops, precision, weights)
     recomputed = fewest_recomputed(profile, int(budget * GIB))
     if recomputed is None:
         least = math.ceil(least_budget(profile) / GIB * 1000) / 1000
@@ -73,15 +83,18 @@ def plan_recompute(
 
 
 def fewest_recomputed(profile: ActivationProfile, budget: int) -> frozenset[int] | None:
-    """Positions of the fewest blocks to recompute within `budget` bytes; None if nothing fits.
+    """Finds the fewest blocks to recompute within `budget` bytes; None if no choice fits.
 
-    Exact, by dynamic programming over the blocks: what lies before a block matters only by the
-    bytes it holds, so of all choices of k earlier blocks the one that holds least is enough. Among
-    equally few the one that holds least in the end.
+    The result is exact, by dynamic programming over the blocks. Earlier blocks matter to a later
+    one only by the bytes that they hold, so of all choices of k earlier blocks only the choice that
+    holds the fewest bytes is kept. Equally few blocks are decided by the bytes held at the end.
+
+    Returns:
+        positions of the blocks in the trunk.
     """
     if profile.ends + profile.stem.peak > budget:
         return None
-    # Number recomputed so far -> least bytes held before the next block, and by which choice.
+    # Number of blocks recomputed so far -> fewest bytes held before the next block, and the choice.
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (profile.ends + profile.stem.held, ())}
     for index, block in enumerate(profile.blocks):
         longer: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -99,7 +112,7 @@ def fewest_recomputed(profile: ActivationProfile, budget: int) -> frozenset[int]
 
 
 def least_budget(profile: ActivationProfile) -> int:
-    """The smallest budget in bytes that some choice of blocks fits, by bisection."""
+    """Finds the smallest budget in bytes that some choice of blocks fits, by bisection."""
     low, high = 0, profile.peak(frozenset(range(len(profile.blocks))))
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,7 +1,8 @@
-"""Activation checkpointing of RegNet blocks: keep a block's input, recompute the rest.
+"""Activation checkpointing of RegNet blocks: keep the input of a block and recompute the rest.
 
-Non-reentrant, so that a region may run several times per step (once per crop resolution), and
-safe for BatchNorm: see `batchnorm.checkpoint_contexts`.
+Chen et al. (arXiv 1604.06174), by torch's non-reentrant `checkpoint`, so that a region may run
+several times per step (once per crop resolution). Recomputation is exact for BatchNorm: see
+`batch_statistics.checkpoint_contexts`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seer_scale.parallel.batchnorm import checkpoint_contexts
+from seer_scale.parallel.batch_statistics import checkpoint_contexts
 
 
 def apply_activation_checkpointing(
@@ -26,14 +27,17 @@ def apply_activation_checkpointing(
     """Makes blocks recompute their activations in the backward pass, in place.
 
     Args:
-        stages: of the trunk, each a sequence of blocks (`model.stages()`).
-        mode: `none`; `full`, every block on its own; `groups`, runs of blocks as one region;
+        stages: the trunk's stages, each a sequence of blocks (`model.stages()`).
+        mode: `none`; `full`, every block on its own; `groups`, consecutive blocks as one region;
             `auto:GIB`, the blocks of `recomputed`, each on its own.
-        groups: for `groups`, per stage where each group ends (one past its last block), as in
+        groups: for `groups`, the end of each group (one past its last block), per stage, as in
             SEER's RG-10B: [[2], [7], [9, 17], []] makes two groups of stage 3, blocks 0-8 and
-            9-16. Blocks after the last end form one more group, and a stage with an empty list is
-            not recomputed. Ends beyond the stage mean its end.
+            9-16. Blocks after the last end form one more group. A stage with an empty list is not
+            recomputed. An end beyond the stage means the end of the stage.
         recomputed: for `auto`, positions counted through all stages (`RecomputePlan.recomputed`).
+
+    Raises:
+        ValueError: if mode `groups` has not one list per stage.
     """
     if mode == "none":
         return
@@ -52,7 +56,7 @@ def apply_activation_checkpointing(
 
 
 def _recompute_alone(block: nn.Module) -> None:
-    # The forward is replaced on the instance, so no parameter name gets a prefix.
+    # The forward is replaced on the instance, so that no parameter name gets a prefix.
     block.forward = partial(
         checkpoint, block.forward, use_reentrant=False, context_fn=checkpoint_contexts
     )
@@ -62,7 +66,7 @@ def _recompute_in_groups(stage: nn.Sequential, ends: Sequence[int]) -> None:
     bounds = sorted({min(end, len(stage)) for end in ends} | {len(stage)})
 
     def forward(x: Any) -> Any:
-        # Looked up now, and called as modules: a strategy may have put hooks or wrappers on them.
+        # Looked up at every call: a strategy may have put hooks or wrappers on the blocks since.
         blocks = list(stage.children())
         for first, bound in itertools.pairwise([0, *bounds]):
             x = checkpoint(

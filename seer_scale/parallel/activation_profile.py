@@ -1,8 +1,8 @@
-"""What the activations of a model take, block by block, measured on tensors without memory.
+"""Memory of a model's activations, block by block, measured on tensors without memory.
 
-The model's own code runs forward and backward on fake tensors under the run's autocast, so copies
-of weights that autocast makes and gradients of activations are in it. Not in it: parameters, their
-gradients, and what a kernel takes for itself.
+The model's own code runs forward and backward on fake tensors under the run's autocast. The profile
+therefore counts the copies that autocast makes of float32 weights, and gradients of activations. It
+does not count parameters, their gradients, and the workspace of a kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from seer_scale.models import MultiCropModel
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.parallel.precision import AUTOCAST
 
-# Of the loss, which is not the model's: tensors as large as the scores that SwAV has at once.
+# The loss is not part of the model: SwAV holds so many tensors of the scores' size at once.
 LOSS_COPIES = 7
 
 
@@ -30,8 +30,9 @@ class Cost:
     """Bytes that a part of the model adds to those of the parts before it.
 
     Attributes:
-        held: between its forward and its backward pass; its outputs are in it, its inputs not.
-        peak: the most within either pass.
+        held: bytes between the part's forward and backward pass, with its outputs and without its
+            inputs.
+        peak: largest number of bytes within either pass.
     """
 
     held: int
@@ -40,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class BlockProfile:
-    """A block's cost if its activations are kept, and if they are recomputed."""
+    """Costs of a block whose activations are kept, and of the same block recomputed."""
 
     kept: Cost
     recomputed: Cost
@@ -51,10 +52,10 @@ class ActivationProfile:
     """Bytes of a micro-batch, in the order of the forward pass.
 
     Attributes:
-        ends: crops, embeddings and scores, which the training loop holds all along.
-        stem: never recomputed.
-        blocks: of all stages.
-        head: pooling, head, prototypes and the loss; never recomputed.
+        ends: bytes of crops, embeddings and scores, which the training loop holds all the time.
+        stem: cost of the stem, which is never recomputed.
+        blocks: costs of the blocks of all stages.
+        head: cost of pooling, head, prototypes and the loss, which are never recomputed.
     """
 
     ends: int
@@ -63,10 +64,10 @@ class ActivationProfile:
     head: Cost
 
     def peak(self, recomputed: frozenset[int]) -> int:
-        """Most bytes at once, if the blocks of these positions are recomputed.
+        """Computes the largest number of bytes at once if the blocks `recomputed` are recomputed.
 
-        The backward pass reaches a block when those behind it are done and their memory is free,
-        so only what is held before a block counts beside its own peak.
+        The backward pass reaches a block when the blocks after it are done and their memory is
+        free. So only the bytes held before a block count beside the block's own peak.
         """
         most, held = self.ends + self.stem.peak, self.ends + self.stem.held
         for index, block in enumerate(self.blocks):
@@ -79,22 +80,27 @@ def profile_activations(
     build: Callable[[torch.device], MultiCropModel],
     crops: Sequence[tuple[int, int]],
     precision: str,
+    weights: torch.dtype | None = None,
 ) -> ActivationProfile:
-    """Profiles one micro-batch; takes seconds and next to no memory, for RG-10B too.
+    """Profiles one micro-batch, in seconds and with almost no memory, even for RG-10B.
 
     Args:
-        build: makes the model on the device it is given.
-        crops: per resolution the images of a micro-batch and their size in pixels.
-        precision: of `train.precision`.
+        build: makes the model on the given device.
+        crops: number of images of a micro-batch and their size in pixels, per resolution.
+        precision: fp32, bf16, amp-o1 or apex-o1.
+        weights: type of the weights that the forward pass would cast (`precision.held_as`); None
+            for float32, of which autocast makes a copy at every use.
     """
     with FakeTensorMode():
         model = build(torch.device("cpu")).train()
+        if weights is not None:
+            _cast_weights(model, weights)
         images = [torch.empty(count, 3, size, size) for count, size in crops]
         stem, maps = _measure(model.trunk.stem, _each(model.trunk.stem), images, precision)
         known: dict[tuple[Any, ...], tuple[BlockProfile, list[Tensor]]] = {}
         blocks = []
         for block in itertools.chain(*model.blocks()):
-            alike = (repr(block), *[tuple(x.shape) for x in maps])  # most of a stage's blocks are
+            alike = (repr(block), *[tuple(x.shape) for x in maps])  # as most blocks of a stage
             if alike not in known:
                 known[alike] = _measure_block(block, maps, precision)
             profile, maps = known[alike]
@@ -109,12 +115,20 @@ def profile_activations(
     )
 
 
+def _cast_weights(model: MultiCropModel, weights: torch.dtype) -> None:
+    for layer in model.low_precision_layers():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            low = nn.Parameter(parameter.detach().to(weights))
+            low.grad_dtype = torch.float32
+            setattr(layer, name, low)
+
+
 def _each(layer: nn.Module) -> Callable[[list[Tensor]], list[Tensor]]:
     return lambda resolutions: [layer(x) for x in resolutions]
 
 
 def _head(model: MultiCropModel) -> Callable[[list[Tensor]], list[Tensor]]:
-    """What follows the blocks in the model's forward pass."""
+    """The part of the model's forward pass that follows the blocks."""
 
     def run(maps: list[Tensor]) -> list[Tensor]:
         pooled = [torch.flatten(model.trunk.avgpool(x), 1) for x in maps]
@@ -141,11 +155,11 @@ def _measure(
     inputs: list[Tensor],
     precision: str,
 ) -> tuple[Cost, list[Tensor]]:
-    """Costs of `run`, with parameters of `owner`; tensors like its outputs, for what follows."""
+    """Measures `run`, which uses the parameters of `owner`; returns tensors like its outputs."""
     owner.zero_grad()
     inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]  # without gradients
     with LiveBytes() as live:
-        # fp32 and Apex, whose casts are not torch's: float32, which is the larger.
+        # fp32; also Apex, whose casts are not torch's: float32 is the upper bound.
         half = AUTOCAST.get(precision)
         with torch.autocast("cpu", half, enabled=half is not None, cache_enabled=False):
             outputs = run(inputs)
@@ -162,7 +176,7 @@ def _grads(owner: nn.Module) -> list[Tensor | None]:
 
 
 class _End(torch.autograd.Function):
-    """Stands for the rest of the model: keeps nothing, and has a gradient for every tensor."""
+    """Stands in for the rest of the model: keeps nothing, returns a gradient for every tensor."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

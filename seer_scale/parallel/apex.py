@@ -1,6 +1,7 @@
-"""NVIDIA Apex where it is installed: op policy O1 and its SyncBatchNorm. Alone imports apex.
+"""NVIDIA Apex, where installed: op policy O1 and SyncBatchNorm. Only this file imports apex.
 
-Both left Apex after tag 25.05, and both need CUDA. PyPI's `apex` is another project.
+Apex removed both after tag 25.05, and both need CUDA. The package `apex` on PyPI is another
+project.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from seer_scale.models import MultiCropModel
+from seer_scale.models import OnTrunk
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
 
 
 def missing_amp(*, cuda: bool) -> str | None:
-    """Why `train.precision=apex-o1` cannot be had here, as part of a sentence; None if it can."""
+    """Reason why `train.precision=apex-o1` cannot run here, as part of a sentence; None if it can.
+
+    Args:
+        cuda: whether this machine has a GPU.
+    """
     return _missing("apex.amp", "initialize", cuda=cuda)
 
 
 def missing_syncbn(*, cuda: bool) -> str | None:
-    """Why `sharding.syncbn=apex` cannot be had here, as part of a sentence; None if it can."""
+    """Reason why `sharding.syncbn=apex` cannot run here, as part of a sentence; None if it can.
+
+    Args:
+        cuda: whether this machine has a GPU.
+    """
     if reason := _missing("apex.parallel", "SyncBatchNorm", cuda=cuda):
         return reason
     if importlib.util.find_spec("syncbn") is None:
@@ -55,7 +64,7 @@ def _missing(part: str, name: str, *, cuda: bool) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Apex's warnings that it is going to drop what this file is about."""
+    """Silences Apex's warnings that the parts used here are deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -69,12 +78,19 @@ def sync_batchnorm(
     momentum: float,
     device: torch.device | str,
 ) -> _BatchNorm:
-    """Apex's layer over `group`; ours where the group is this rank alone.
+    """Creates Apex's layer over `group`, or the native layer if `group` is None (this rank alone).
 
-    It moves its statistics in every forward pass, a recomputed one too: not to be used with
-    activation checkpointing. Its kernels take float32 and float16.
+    Apex's layer updates its running statistics in every forward pass, a recomputed one too, so it
+    must not be used with activation checkpointing. Its kernels take float32 and float16.
+
+    Args:
+        num_features: number of channels C.
+        group: ranks that share statistics.
+        eps: number that is added to the variance.
+        momentum: share of a step's statistics in the running statistics.
+        device: device of parameters and buffers.
     """
-    if group is None:  # which to Apex means the world
+    if group is None:  # Apex would take None for the world
         return GroupedSyncBatchNorm(num_features, eps=eps, momentum=momentum, device=device)
     from apex.parallel import SyncBatchNorm
 
@@ -85,35 +101,36 @@ def sync_batchnorm(
     return layer
 
 
-def apply_o1(model: MultiCropModel) -> None:
-    """Runs the forward pass of `model` under Apex's policy O1, in place.
+def apply_o1(model: OnTrunk) -> None:
+    """Makes the forward pass of `model` run under Apex's policy O1, in place.
 
-    O1 replaces functions of torch for the whole process. Here they cast inside of the model's
-    forward only, and not in the prototypes: loss, Sinkhorn and optimizer stay float32, as under
-    torch's autocast. Loss scaling is `precision.LossScale`, not Apex's.
+    O1 replaces functions of torch for the whole process. Here these functions cast only inside of
+    the model's forward pass, and not in its `float32_parts`: loss, Sinkhorn and optimizer stay
+    float32, as under torch's autocast. Loss scaling is `optim.loss_scale.LossScale`, not Apex's.
 
     Args:
-        model: whose blocks are not yet checkpointed: a recomputation has to cast as well.
+        model: a model whose blocks are not checkpointed yet, since a recomputation has to cast too.
     """
     casts = _o1()
     for stage in model.blocks():
         for block in stage:
             block.forward = _switched(block.forward, casts, on=True)
-    model.prototypes.forward = _switched(model.prototypes.forward, casts, on=False)  # type: ignore[method-assign]
-    model.forward = _switched(model.forward, casts, on=True)  # type: ignore[method-assign]
+    for part in model.float32_parts():
+        part.forward = _switched(part.forward, casts, on=False)
+    model.forward = _switched(model.forward, casts, on=True)
 
 
 @functools.cache
 def _o1() -> Any:
-    """Apex's handle on what it has replaced, switched off; once a process, as Apex asks."""
+    """Initialises Apex once per process; returns its handle, with casting switched off."""
     with _quiet():
         from apex import amp
 
-        # O1 does nothing to a model, and would refuse one that has no memory yet.
+        # O1 does nothing to a model, but refuses a model without memory: an empty one will do.
         amp.initialize(nn.Module(), opt_level="O1", loss_scale=1.0, verbosity=0)
     handle = amp._amp_state.handle
-    # Its cache would keep a float16 copy of every weight, and breaks where a weight is used twice:
-    # it expects casts as torch recorded them in 2019.
+    # The cache would keep a float16 copy of every weight. It also fails where a weight is used
+    # twice, because it expects casts as torch recorded them in 2019.
     handle._enable_caching = False
     handle._is_active = False
     return handle

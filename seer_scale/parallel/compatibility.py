@@ -1,21 +1,23 @@
-"""Combinations that cannot be: refused before a process group, a model or a folder exists.
+"""Refusal of options that do not go together, before a process group, model or folder exists.
 
-`PRECISIONS` and `READ_BY` are the tables of docs/sharding.md; nothing a user sets is ignored.
+`PRECISIONS` and `READ_BY` are tables of docs/sharding.md. No option that a user sets is ignored.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from seer_scale.config.run_config import RunConfig, ShardingSection
+from seer_scale.config.completion import divisors_of
+from seer_scale.config.ds_config import offload_device
 from seer_scale.errors import ConfigError
 from seer_scale.models.regnet import trunk_config
+from seer_scale.optim.options import OptimizerOptions
 from seer_scale.parallel import apex, fairscale
+from seer_scale.parallel.offload import check_offload
+from seer_scale.parallel.options import ShardingOptions
 
-# Strategy -> the precisions it takes.
+# Strategy -> precisions that it supports.
 PRECISIONS = {
     "ddp": ("fp32", "bf16", "amp-o1", "apex-o1"),
     "fsdp": ("fp32", "bf16", "amp-o1"),
@@ -23,7 +25,7 @@ PRECISIONS = {
     "zero": ("fp32", "bf16", "amp-o1", "apex-o1"),  # apex-o1: stage 0 only
     "fairscale": ("fp32", "bf16", "amp-o1"),
 }
-# Key of `sharding` -> the strategies that read it.
+# Key of `sharding` -> strategies that read the key.
 READ_BY = {
     "shard_size": ("hsdp",),
     "reshard_after_forward": ("fsdp", "hsdp", "fairscale"),
@@ -33,18 +35,24 @@ READ_BY = {
 
 
 def check_sharding(
-    config: RunConfig,
+    sharding: ShardingOptions,
+    optimizer: OptimizerOptions,
     ds_config: Mapping[str, Any] | None,
     *,
+    trunk: str,
+    precision: str,
     world_size: int,
     local_world_size: int,
     cuda: bool,
 ) -> None:
-    """Refuses what cannot be trained, or not exactly.
+    """Refuses a combination of options that cannot be trained, or not exactly.
 
     Args:
-        config: of the run.
+        sharding: how the model is to be distributed.
+        optimizer: numbers of the optimizer.
         ds_config: resolved DeepSpeed configuration, for strategy `zero`.
+        trunk: name of the trunk.
+        precision: fp32, bf16, amp-o1 or apex-o1.
         world_size: ranks of the run.
         local_world_size: ranks of a node.
         cuda: whether the ranks have GPUs.
@@ -53,23 +61,23 @@ def check_sharding(
         ConfigError: one sentence with the key, its value, what is allowed and what to do.
     """
     zero = (ds_config or {}).get("zero_optimization", {})
-    _check_groups(config, world_size)
-    _check_profile(config, world_size)
-    _check_shards(config, world_size, local_world_size)
-    _check_extras(config, cuda=cuda)
-    _check_precision(config, zero)
-    _check_compile(config, zero)
-    _check_fused_backward(config, world_size)
-    _check_skips(config, ds_config)
-    _check_offload(config, zero)
+    _check_groups(sharding, trunk, world_size)
+    _check_shards(sharding, world_size, local_world_size)
+    _check_extras(sharding, precision, cuda=cuda)
+    _check_precision(sharding.strategy, precision, zero)
+    _check_compile(sharding, precision, zero)
+    _check_momentum_on_host(sharding.strategy, optimizer)
+    if optimizer.fuse_backward:
+        _check_fused_backward(sharding, precision, world_size)
+    check_offload(zero, sharding.deepspeed_config)
 
 
-def _check_groups(config: RunConfig, world_size: int) -> None:
-    sharding, trunk = config.sharding, config.model.trunk
+def _check_groups(sharding: ShardingOptions, trunk: str, world_size: int) -> None:
     if sharding.sync_bn_group_size > world_size:
         raise ConfigError(
             f"sharding.sync_bn_group_size is {sharding.sync_bn_group_size}, but the run has "
-            f"{_ranks(world_size)}: set it to {world_size} or less, 0 for all or -1 for a node's"
+            f"{_ranks(world_size)}: set it to {divisors_of(world_size)}, 0 for all or -1 for a "
+            "node's"
         )
     stages, groups = len(trunk_config(trunk).stages), sharding.checkpoint_groups
     if groups is not None and len(groups) != stages:
@@ -79,19 +87,9 @@ def _check_groups(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _check_profile(config: RunConfig, world_size: int) -> None:
-    profile = config.profile
-    if profile.steps is not None and max(profile.ranks) >= world_size:
-        raise ConfigError(
-            f"profile.ranks is {list(profile.ranks)}, but the run has {_ranks(world_size)}: name "
-            f"ranks from 0 to {world_size - 1}"
-        )
-
-
-def _check_shards(config: RunConfig, world_size: int, local_world_size: int) -> None:
-    sharding = config.sharding
+def _check_shards(sharding: ShardingOptions, world_size: int, local_world_size: int) -> None:
     for key, strategies in READ_BY.items():
-        value, default = getattr(sharding, key), ShardingSection.model_fields[key].default
+        value, default = getattr(sharding, key), getattr(ShardingOptions, key)
         if value != default and sharding.strategy not in strategies:
             raise ConfigError(
                 f"sharding.{key} is {value}, but sharding.strategy is {sharding.strategy} and "
@@ -108,11 +106,10 @@ def _check_shards(config: RunConfig, world_size: int, local_world_size: int) -> 
         )
 
 
-def _check_extras(config: RunConfig, *, cuda: bool) -> None:
-    sharding, train = config.sharding, config.train
-    if sharding.strategy == "fairscale" and config.model.align_channels > 1:
+def _check_extras(sharding: ShardingOptions, precision: str, *, cuda: bool) -> None:
+    if sharding.strategy == "fairscale" and sharding.align_channels > 1:
         raise ConfigError(
-            f"model.align_channels is {config.model.align_channels}, but sharding.strategy is "
+            f"model.align_channels is {sharding.align_channels}, but sharding.strategy is "
             "fairscale, which has not been shown to keep the padding zero: use "
             "sharding.strategy=fsdp, or model.align_channels=1"
         )
@@ -132,7 +129,7 @@ def _check_extras(config: RunConfig, *, cuda: bool) -> None:
                 f"sharding.syncbn is apex, but {reason}: use sharding.syncbn=native, which "
                 "computes the same"
             )
-        if train.precision == "bf16":
+        if precision == "bf16":
             raise ConfigError(
                 "sharding.syncbn is apex and train.precision is bf16, but Apex's kernels take "
                 "float32 and float16 only: use sharding.syncbn=native or train.precision=amp-o1"
@@ -143,15 +140,14 @@ def _check_extras(config: RunConfig, *, cuda: bool) -> None:
                 f"{sharding.activation_checkpointing}, but Apex's layer would count every batch "
                 "twice: use sharding.syncbn=native or sharding.activation_checkpointing=none"
             )
-    if train.precision == "apex-o1" and (reason := apex.missing_amp(cuda=cuda)):
+    if precision == "apex-o1" and (reason := apex.missing_amp(cuda=cuda)):
         raise ConfigError(
             f"train.precision is apex-o1, but {reason}: use train.precision=amp-o1, the same "
             "policy by torch"
         )
 
 
-def _check_precision(config: RunConfig, zero: Mapping[str, Any]) -> None:
-    strategy, precision = config.sharding.strategy, config.train.precision
+def _check_precision(strategy: str, precision: str, zero: Mapping[str, Any]) -> None:
     taken = PRECISIONS[strategy]
     if precision not in taken:
         raise ConfigError(
@@ -164,7 +160,7 @@ def _check_precision(config: RunConfig, zero: Mapping[str, Any]) -> None:
             f"train.precision is apex-o1 and zero_optimization.stage is {stage}, but Apex's amp "
             "works with stage 0 only: use train.precision=amp-o1 or ds_configs/zero0.json"
         )
-    if precision == "amp-o1" and _device(zero, "offload_optimizer") == "nvme":
+    if precision == "amp-o1" and offload_device(zero, "offload_optimizer") == "nvme":
         raise ConfigError(
             "train.precision is amp-o1 and zero_optimization.offload_optimizer.device is nvme, but "
             "an overflow of one tensor has to skip the step of all, and on nvme they step one by "
@@ -172,15 +168,15 @@ def _check_precision(config: RunConfig, zero: Mapping[str, Any]) -> None:
         )
 
 
-def _check_compile(config: RunConfig, zero: Mapping[str, Any]) -> None:
-    if not config.train.compile:
+def _check_compile(sharding: ShardingOptions, precision: str, zero: Mapping[str, Any]) -> None:
+    if not sharding.compile:
         return
     where, because = None, ""
-    if config.sharding.strategy == "fairscale" or zero.get("stage", 0) == 3:
+    if sharding.strategy == "fairscale" or zero.get("stage", 0) == 3:
         where, because = "stage is 3", "gathers weights layer by layer, which breaks a graph apart"
-        if config.sharding.strategy == "fairscale":
+        if sharding.strategy == "fairscale":
             where = "sharding.strategy is fairscale"
-    elif config.train.precision == "apex-o1" or config.sharding.syncbn == "apex":
+    elif precision == "apex-o1" or sharding.syncbn == "apex":
         where, because = "Apex is in use", "replaces functions that a compiler looks through"
     if where:
         raise ConfigError(
@@ -189,29 +185,27 @@ def _check_compile(config: RunConfig, zero: Mapping[str, Any]) -> None:
         )
 
 
-def _check_fused_backward(config: RunConfig, world_size: int) -> None:
-    optim, train, strategy = config.optim, config.train, config.sharding.strategy
-    if optim.momentum_on_host and strategy not in ("ddp", "fsdp", "hsdp"):
+def _check_momentum_on_host(strategy: str, optimizer: OptimizerOptions) -> None:
+    if optimizer.momentum_on_host and strategy not in ("ddp", "fsdp", "hsdp"):
         raise ConfigError(
             f"optim.momentum_on_host is true, but sharding.strategy is {strategy}: it goes with "
             "ddp, fsdp and hsdp; zero has offload_optimizer in its ds_config"
         )
-    if not optim.fuse_backward:
-        return
+
+
+def _check_fused_backward(sharding: ShardingOptions, precision: str, world_size: int) -> None:
+    strategy = sharding.strategy
     if strategy == "ddp" and world_size > 1:
         why = f"ddp averages gradients in buckets of many tensors over {_ranks(world_size)}"
     elif strategy not in ("ddp", "fsdp", "hsdp"):
         why = f"{strategy} reduces gradients by itself"
-    elif train.gradient_accumulation > 1:
+    elif sharding.gradient_accumulation > 1:
         why = (
-            f"train.gradient_accumulation is {train.gradient_accumulation}, and a gradient is "
+            f"train.gradient_accumulation is {sharding.gradient_accumulation}, and a gradient is "
             "complete only after the last micro-batch"
         )
-    elif train.precision in ("amp-o1", "apex-o1"):
-        why = (
-            f"train.precision is {train.precision}, and an overflow anywhere has to skip the "
-            "whole step"
-        )
+    elif precision in ("amp-o1", "apex-o1"):
+        why = f"train.precision is {precision}, and an overflow anywhere has to skip the whole step"
     else:
         return
     raise ConfigError(
@@ -220,81 +214,49 @@ def _check_fused_backward(config: RunConfig, world_size: int) -> None:
     )
 
 
-def steps_one_by_one(config: RunConfig, ds_config: Mapping[str, Any] | None) -> str | None:
-    """What makes tensors step without a look at all the others; None if nothing does."""
-    if config.optim.fuse_backward:
+def steps_one_by_one(
+    optimizer: OptimizerOptions, ds_config: Mapping[str, Any] | None
+) -> str | None:
+    """The option that makes a tensor step before all gradients are known; None if none does."""
+    if optimizer.fuse_backward:
         return "optim.fuse_backward is true"
     zero = (ds_config or {}).get("zero_optimization", {})
-    if _device(zero, "offload_optimizer") == "nvme":
+    if offload_device(zero, "offload_optimizer") == "nvme":
         return "zero_optimization.offload_optimizer.device is nvme"
     return None
 
 
-def max_nonfinite(config: RunConfig, ds_config: Mapping[str, Any] | None) -> int:
-    """`train.max_nonfinite`, or what null means."""
-    return config.train.max_nonfinite or (1 if steps_one_by_one(config, ds_config) else 3)
+def resolve_max_nonfinite(asked: int | None, one_by_one: str | None) -> int:
+    """Value of `train.max_nonfinite`; null means 3, or 1 if tensors step one by one.
+
+    Args:
+        asked: what the user gave, or None.
+        one_by_one: from `steps_one_by_one`.
+    """
+    return asked or (1 if one_by_one else 3)
 
 
-def _check_skips(config: RunConfig, ds_config: Mapping[str, Any] | None) -> None:
-    train = config.train
-    why = steps_one_by_one(config, ds_config)
-    if why and max_nonfinite(config, ds_config) > 1:
-        key, instead = f"train.max_nonfinite is {train.max_nonfinite}", "train.max_nonfinite=1"
-    elif why and train.on_spike == "skip":
+def check_skips(*, max_nonfinite: int | None, on_spike: str, one_by_one: str | None) -> None:
+    """Refuses to skip steps whose first tensors have already moved.
+
+    Args:
+        max_nonfinite: `train.max_nonfinite`.
+        on_spike: `train.on_spike`.
+        one_by_one: from `steps_one_by_one`.
+
+    Raises:
+        ConfigError: one sentence with the key, its value and what to set instead.
+    """
+    if one_by_one and resolve_max_nonfinite(max_nonfinite, one_by_one) > 1:
+        key, instead = f"train.max_nonfinite is {max_nonfinite}", "train.max_nonfinite=1"
+    elif one_by_one and on_spike == "skip":
         key, instead = "train.on_spike is skip", "train.on_spike=rewind"
     else:
         return
     raise ConfigError(
-        f"{key}, but {why}, and then tensors step one by one, some before another's gradient is "
-        f"known not to be finite: set {instead}"
+        f"{key}, but {one_by_one}, and then tensors step one by one, some before another's "
+        f"gradient is known not to be finite: set {instead}"
     )
-
-
-def _check_offload(config: RunConfig, zero: Mapping[str, Any]) -> None:
-    stage = zero.get("stage", 0)
-    optimizer, parameters = _device(zero, "offload_optimizer"), _device(zero, "offload_param")
-    path = config.sharding.deepspeed_config
-    if optimizer != "none" and stage == 0:
-        raise ConfigError(
-            f"{path}: zero_optimization.offload_optimizer is given, but "
-            "zero_optimization.stage is 0, which offloads nothing: use stage 1, 2 or 3"
-        )
-    if parameters != "none" and stage < 3:
-        raise ConfigError(
-            f"{path}: zero_optimization.offload_param is given, but zero_optimization.stage is "
-            f"{stage}, and only stage 3 partitions parameters: use stage 3"
-        )
-    if optimizer == "nvme" and stage < 3:
-        raise ConfigError(
-            f"{path}: zero_optimization.offload_optimizer.device is nvme, but "
-            f"zero_optimization.stage is {stage}, and only stage 3 uses nvme: use stage 3 or cpu"
-        )
-    for section in ("offload_optimizer", "offload_param"):
-        if _device(zero, section) == "nvme":
-            _check_nvme(path, section, zero[section].get("nvme_path"))
-
-
-def _check_nvme(path: str | None, section: str, folder: Any) -> None:
-    key = f"{path}: zero_optimization.{section}.nvme_path"
-    if not isinstance(folder, str) or not folder:
-        raise ConfigError(f"{key} is missing: name a folder on a fast local disk")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{key} is {folder}, but nothing can be written there ({error.strerror}): name a "
-            "folder on a fast local disk"
-        ) from None
-    from seer_scale.parallel.zero import missing_for_nvme
-
-    if reason := missing_for_nvme():
-        raise ConfigError(f"{key} is {folder}, but {reason}: install it, or offload to cpu")
-
-
-def _device(zero: Mapping[str, Any], section: str) -> str:
-    return str((zero.get(section) or {}).get("device", "none"))
 
 
 def _ranks(count: int) -> str:

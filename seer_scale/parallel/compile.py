@@ -1,4 +1,4 @@
-"""torch.compile, block by block: what a compiler fuses, SyncBatchNorm's collectives inside."""
+"""torch.compile, block by block, with SyncBatchNorm's collectives inside of the graphs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.utils._triton import has_triton
 
 from seer_scale.errors import ConfigError
 
-GRAPHS_PER_BLOCK = 4  # at most: forward and recomputation, of another micro-batch too
+GRAPHS_PER_BLOCK = 4  # at most: forward pass and recomputation, for two sizes of micro-batch
 
 
 def apply_compile(blocks: Sequence[nn.Module], *, backend: str = "inductor") -> None:
-    """Compiles the forward of every block, in place; blocks of the same shapes share their code.
+    """Compiles the forward pass of every block, in place; blocks of equal shapes share their code.
 
-    To be called before activation checkpointing, which has to stay around what is compiled.
+    Call this before activation checkpointing, which has to stay around the compiled part.
 
     Args:
-        blocks: of the trunk; each takes all resolutions at once and becomes one graph.
-        backend: of torch.compile.
+        blocks: the trunk's blocks; each takes all resolutions at once and becomes one graph.
+        backend: backend of torch.compile.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_BLOCK * len(blocks))
@@ -32,7 +32,7 @@ def check_compiler(device: torch.device) -> None:
     """Refuses `train.compile` where torch has no compiler for the device.
 
     Raises:
-        ConfigError: in a sentence.
+        ConfigError: one sentence with the reason and what to do.
     """
     if device.type == "cuda":
         missing = None if has_triton() else "Triton is not installed or does not know this GPU"

@@ -1,6 +1,7 @@
-"""Strategy `fairscale`: FairScale's FullyShardedDataParallel, the engine of SEER. Alone imports it.
+"""Strategy `fairscale`: FairScale's FullyShardedDataParallel. Only this file imports fairscale.
 
-Its successor is `fsdp`; it is here to compare with. It needs CUDA.
+SEER was trained with this engine; it is here for comparison. The successor in torch is the strategy
+`fsdp`. FairScale needs CUDA.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer_scale.optim.slices import Values, fill
+from seer_scale.optim.filling import fill
+from seer_scale.optim.slices import Values
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.")  # what it puts into the names of tensors
+WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.")  # prefixes that FairScale adds to names
 
 
 def missing(*, cuda: bool) -> str | None:
-    """Why the strategy cannot be had here, as part of a sentence; None if it can."""
+    """Reason why the strategy cannot run here, as part of a sentence; None if it can.
+
+    Args:
+        cuda: whether this machine has a GPU.
+    """
     if not cuda:
         return "FairScale needs a CUDA GPU and there is none"
     if importlib.util.find_spec("fairscale") is None:
@@ -36,18 +42,18 @@ def wrap_units(
     *,
     reshard_after_forward: bool,
 ) -> nn.Module:
-    """Gives a model on meta its values and shards it, unit by unit; returns what is to be called.
+    """Gives a model on meta its values and shards it, unit by unit; returns the module to call.
 
-    No rank ever holds more than one unit whole, beside its own slices: of every tensor the flat
-    partition of `slices.extent`, padded. Names are those of the model.
+    No rank ever holds more than one whole unit beside its own slices. A slice is the padded flat
+    partition of a tensor (see `slices.extent`). Tensors keep the names that they have in `model`.
 
     Args:
-        model: its own remaining parameters become the last unit.
-        units: inner modules before outer ones.
+        model: model on meta; parameters that are in none of `units` become the last unit.
+        units: modules to gather as one, inner modules before outer ones.
         values: where values come from.
         device: a GPU.
         reshard_after_forward: free a unit after its forward pass and gather it again for the
-            backward.
+            backward pass.
     """
     wrapper = _wrapper()
     names = {module: name for name, module in model.named_modules()}
@@ -55,11 +61,11 @@ def wrap_units(
     filled: set[nn.Module] = set()
     for unit in [*units, model]:
         for module in unit.modules():
-            if module in names and module not in filled:  # else: a wrapper, or done
+            if module in names and module not in filled:  # else a wrapper, or filled already
                 _fill_layer(module, values, names[module], device)
                 filled.add(module)
-        # Float32 for parameters and communication: precision is the forward's. Tensors are not
-        # joined to one, so that each is a slice of its own.
+        # Parameters and communication are float32; precision belongs to the forward pass. Tensors
+        # are not flattened into one, so that each has a slice of its own.
         whole = wrapper(
             unit,
             reshard_after_forward=reshard_after_forward,
@@ -69,7 +75,7 @@ def wrap_units(
         if unit is not model:
             parent, _, child = names[unit].rpartition(".")
             setattr(modules[parent], child, whole)
-    # It cleans the names of parameters by itself.
+    # FairScale itself cleans the names of parameters only.
     whole.named_buffers = _cleaned(whole.named_buffers)
     return whole  # type: ignore[no-any-return]
 
@@ -78,7 +84,7 @@ def wrap_units(
 def _wrapper() -> Any:
     from fairscale.nn.data_parallel import FullyShardedDataParallel
 
-    # Of torch to FairScale, on every rank: nothing a user can act on.
+    # Warnings of torch about FairScale's code, on every rank: the user cannot act on them.
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale")
 
@@ -93,10 +99,11 @@ def _wrapper() -> Any:
 
 
 class _Ids(list[int]):
-    """Where FairScale notes the id() of every output that it has put a hook on: forgets them all.
+    """An always empty list, in place of the ids of outputs that FairScale has put a hook on.
 
-    A tensor that recomputation lets go of leaves its id to a later one, which then got no hook, on
-    one rank and not on the other. A second hook on the same tensor does no harm.
+    A tensor that recomputation frees leaves its id() to a later tensor. With FairScale's own list
+    the later tensor got no hook, on one rank and not on another. A second hook on the same tensor
+    does no harm.
     """
 
     def append(self, _: int) -> None:

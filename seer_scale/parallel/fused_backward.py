@@ -1,7 +1,7 @@
-"""The optimizer inside the backward pass: a tensor steps when its gradient is complete.
+"""The optimizer step inside the backward pass: a tensor steps when its gradient is complete.
 
-LARC needs no norm over all tensors, so this is the same step as after the backward pass; but a
-gradient is freed at once, and the memory for all of them is never taken.
+LARC needs norms of single tensors only, so the result is the same as that of a step after the
+backward pass. A gradient is freed at once, so that memory for all gradients is never taken.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from seer_scale.optim.slice_sgd import SliceSGD
 
 
 class FusedBackward:
-    """Steps units of parameters as their gradients become complete.
+    """Steps units of parameters as soon as their gradients are complete.
 
     Args:
-        optimizer: without a loss scale, whose verdict needs all gradients.
-        units: parameters that step together, with one reduction of their norms; a tensor's
-            gradient has to become complete at the same place on every rank.
-        learn: whether a gradient comes in several parts, as many each step, which are counted in
-            the first step: FSDP reduces a unit as often as it was called. That step is done at its
-            end. Otherwise a gradient is complete when it first appears (autograd's own rule).
+        optimizer: an optimizer without a loss scale, which could decide only after all gradients.
+        units: parameters that step together, with one reduction of their norms. The gradients of a
+            unit have to become complete at the same place on every rank.
+        learn: whether a gradient arrives in several parts, the same number in every step. FSDP
+            reduces a unit as often as the unit was called. The parts are counted in the first step,
+            which is taken at the end of its backward pass. Without `learn` a gradient is complete
+            when it first appears (autograd's own rule).
 
     Raises:
-        RuntimeError: on a gradient that comes after its tensor has stepped.
+        RuntimeError: if a gradient arrives after its tensor has stepped, or not at all.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class FusedBackward:
         self._optimizer.step_now(self._units[index])
 
     def finish(self) -> None:
-        """Call after the backward pass: in the first step it learns, and steps everything."""
+        """Ends a backward pass; the first time, learns the numbers of parts and steps all units."""
         if self._parts is None:
             self._parts = list(self._arrived)
             for unit in self._units:

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors as their storages come and go, real and fake ones alike."""
+"""Counter of the bytes of tensors, real or fake, while their storages are made and freed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the context: the tensors that operations make, each storage once, until it is freed.
+    """Counts, inside the context, the storages that operations make, each once, until it is freed.
 
-    What existed before is not counted, nor what a kernel takes for itself (a convolution's
-    workspace) or C++ makes without an operation (the buckets of DDP).
+    Not counted: tensors that existed before, the workspace of a kernel (of a convolution, say), and
+    tensors that C++ makes without an operation (the buckets of DDP).
+
+    Attributes:
+        now: bytes that are alive.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self._events: list[tuple[int, int]] = []  # number of a storage, bytes gained or lost
-        # storage -> its number; -1: from before
+        # storage -> its number, or -1 if the storage existed before
         self._numbers: MutableMapping[UntypedStorage, int] = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs the operation and looks at what it returns."""
+        """Runs the operation and counts the new storages in its result."""
         for storage in _storages((args, kwargs)):
             self._numbers.setdefault(storage, -1)
         result = func(*args, **(kwargs or {}))
@@ -39,7 +42,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def peak(self, without: Iterable[Tensor | None] = ()) -> int:
-        """Most bytes that were alive at once, leaving out the storages of some tensors."""
+        """Returns the largest number of bytes alive at once, not counting the tensors `without`."""
         left_out = {self._numbers.get(storage) for storage in _storages(list(without))}
         now = most = 0
         for number, change in self._events:

@@ -1,7 +1,8 @@
-"""How many bytes of weights, gradients and optimizer state a strategy leaves on a rank.
+"""Formula for the bytes of weights, gradients and optimizer state that a strategy puts on a rank.
 
-Float32 throughout, SGD with momentum. At the moment when gradients are complete and the optimizer
-has not stepped yet: no unit is gathered, no bucket is under way.
+Everything is float32; the optimizer is SGD with momentum. The bytes are those of the moment when
+all gradients are complete and the optimizer has not stepped: no unit is gathered, and no bucket is
+being sent.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FLOAT = 4
+from seer_scale.performance.shape import FLOAT
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class StateBytes:
     """Bytes per rank.
 
     Attributes:
-        parameters: what the forward pass reads.
-        gradients: of the step that is about to be made.
-        optimizer: momentum, and the masters where a strategy keeps them beside the parameters.
+        parameters: bytes of the parameters that the forward pass reads.
+        gradients: bytes of the gradients.
+        optimizer: bytes of the momentum, and of the masters if a strategy has separate ones.
     """
 
     parameters: float
@@ -28,7 +29,7 @@ class StateBytes:
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """Sum of the three parts."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -40,33 +41,31 @@ def state_bytes(
     stage: int = 0,
     persistent: int = 0,
 ) -> StateBytes:
-    """What each rank holds if tensors divide evenly: bytes, not the few that pad a slice.
+    """Computes the bytes on each rank, for tensors that divide evenly (without padding).
 
     ZeRO (arXiv 1910.02054, section 5) at stages 1 to 3 steps masters of its own and copies them
-    into the parameters, so that in float32 there are two of each value.
+    into the parameters, so that float32 has every value twice.
 
     Args:
-        sizes: elements of every tensor.
-        strategy: of `sharding.strategy`; `fairscale` needs CUDA and has not been measured.
-        shards: ranks that share one copy: all, under `hsdp` those of `sharding.shard_size`.
-        stage: of ZeRO, for strategy `zero`.
-        persistent: `stage3_param_persistence_threshold`: at stage 3 tensors of no more elements
-            stay whole on every rank, beside its slice of them.
+        sizes: number of elements of every tensor.
+        strategy: ddp, fsdp, hsdp or zero; `fairscale` needs CUDA and has not been measured.
+        shards: ranks that share one copy: all ranks, or `sharding.shard_size` ranks for hsdp.
+        stage: ZeRO's stage, for strategy `zero`.
+        persistent: `stage3_param_persistence_threshold`: at stage 3 a tensor with no more elements
+            stays whole on every rank, beside the rank's slice of it.
 
     Raises:
         ValueError: for an unknown strategy or stage.
     """
     whole = float(FLOAT * sum(sizes))
     part = whole / shards
-    # A slice that is the whole tensor is not there twice.
+    # With one shard the slice is the whole tensor, which is not stored twice.
     small = FLOAT * sum(size for size in sizes if size <= persistent) if shards > 1 else 0
     if strategy == "ddp" or (strategy == "zero" and stage == 0):
         return StateBytes(whole, whole, whole)
     if strategy in ("fsdp", "hsdp"):
         return StateBytes(part, part, part)
-    if strategy == "zero" and stage == 1:
-        return StateBytes(whole, whole, part + part)
-    if strategy == "zero" and stage == 2:
+    if strategy == "zero" and stage in (1, 2):  # stage 1 differs only before its reduction
         return StateBytes(whole, part, part + part)
     if strategy == "zero" and stage == 3:
         return StateBytes(part + small, part, part + part)

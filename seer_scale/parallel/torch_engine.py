@@ -1,4 +1,4 @@
-"""The engine of torch's own strategies: autograd, SliceSGD, and a module that torch has wrapped."""
+"""Engine of torch's own strategies: autograd, SliceSGD, and a module that torch has wrapped."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seer_scale import distributed
+from seer_scale.optim.loss_scale import LossScale
 from seer_scale.optim.slice_sgd import SliceSGD
 from seer_scale.optim.slices import Slice
 from seer_scale.parallel.fused_backward import FusedBackward
-from seer_scale.parallel.precision import LossScale
 
 
 class TorchEngine:
-    """See `Engine`.
+    """An `Engine` of the strategies ddp, fsdp, hsdp and fairscale.
 
     Args:
-        model: for buffers and structure.
-        module: what is called: the model, or DDP around it.
-        optimizer: of the model's parameters as they are now.
+        model: the model, for its buffers and structure.
+        module: the module to call: the model, or DDP around the model.
+        optimizer: optimizer of the model's parameters, as sharded.
         gradient_accumulation: micro-batches per step.
         writes_slices: whether this rank's slices belong in a checkpoint.
-        fused: steps parameters inside the backward pass, if that is wanted.
+        holds_all: whether the slices of every rank are all tensors, whole.
+        fused: steps parameters inside the backward pass; None to step after it.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class TorchEngine:
         *,
         gradient_accumulation: int,
         writes_slices: bool,
+        holds_all: bool = False,
         fused: FusedBackward | None = None,
     ) -> None:
         self.model = model
         self.writes_slices = writes_slices
+        self.holds_all = holds_all
         self._module = module
         self._optimizer = optimizer
         self._accumulation = gradient_accumulation
@@ -57,8 +60,9 @@ class TorchEngine:
 
     def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
         if isinstance(self._module, DistributedDataParallel):
-            # DDP decides in the forward whether the next backward communicates. FSDP always does:
-            # keeping whole gradients until the last micro-batch would undo the sharding.
+            # DDP decides in the forward pass whether the next backward pass communicates. FSDP
+            # always communicates: to keep whole gradients until the last micro-batch would undo
+            # the sharding.
             last = self._micro_batches + 1 == self._accumulation
             self._module.require_backward_grad_sync = last
         embeddings, scores = self._module(crops, queue)
@@ -85,24 +89,24 @@ class TorchEngine:
 
     @property
     def slices_stay(self) -> bool:
-        return self._fused is None  # which steps within the backward pass
+        return self._fused is None  # a fused step changes them within the backward pass
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """Strategy `ddp`: every rank holds the whole model and gradients are averaged."""
+    """Wraps `model` for strategy `ddp`: each rank has the whole model; gradients are averaged."""
     on_gpu = device.type == "cuda"
     with warnings.catch_warnings():
-        # torch 2.14 renames what torch 2.11 has under this name alone.
+        # torch 2.14 has a new name for this argument, torch 2.11 only this one.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(
             model,
             device_ids=[device] if on_gpu else None,
-            # Equal by SyncBatchNorm or different by design (groups): nothing to broadcast.
+            # Buffers are equal by SyncBatchNorm, or different by design (groups).
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            # DDP deals gradients into other buckets after its first step, and gloo adds more than
-            # two numbers in an order that depends on the place in the bucket: a resumed run would
-            # differ in the last bit from one that went on. Where parameters may be unused the
-            # buckets stay as they are, at the price of torch's warning that none is.
+            # DDP puts gradients into other buckets after its first step, and gloo adds more than
+            # two numbers in an order that depends on the place in the bucket. A resumed run would
+            # differ in the last bit from an uninterrupted one. With `find_unused_parameters` the
+            # buckets stay the same; the price is torch's warning that no parameter is unused.
             find_unused_parameters=not on_gpu and distributed.world_size() > 2,
         )

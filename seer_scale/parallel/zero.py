@@ -1,7 +1,8 @@
-"""Strategy `zero`: DeepSpeed, stages 0 to 3, with offload. The only file that imports deepspeed.
+"""Strategy `zero`: DeepSpeed, stages 0 to 3, with offload. Only this file imports deepspeed.
 
-DeepSpeed keeps its partitioning, bucketing and communication; the optimizer is ours, with one
-parameter group per tensor, so that every partition it is handed is a slice of a single tensor.
+ZeRO (arXiv 1910.02054) partitions, buckets and communicates as DeepSpeed implements it, but for the
+cutting and joining of stage 3 (`zero_collectives`). The optimizer is `SliceSGD` with few groups of
+joined tensors: what DeepSpeed does in Python grows with groups x ranks.
 """
 
 from __future__ import annotations
@@ -9,37 +10,72 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seer_scale import distributed
+from seer_scale.config.ds_config import offload_device
+from seer_scale.optim.filling import fill
+from seer_scale.optim.groups import MOST_HELD, MOST_JOINED, join
+from seer_scale.optim.loss_scale import LossScale
 from seer_scale.optim.slice_sgd import SliceSGD
-from seer_scale.optim.slices import Slice, Values, fill
-from seer_scale.parallel.precision import LossScale
+from seer_scale.optim.slices import Slice, Values
+from seer_scale.parallel.zero_calls import add_up_calls, forget_calls
+from seer_scale.parallel.zero_collectives import reduce_scatter_mean, whole_tensors
 
 
 def _deepspeed() -> Any:
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found no other
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
     import deepspeed
-    from deepspeed.utils import logger
+    from deepspeed.runtime.zero import partition_parameters, stage3
+    from deepspeed.utils import logger, nvtx
 
-    logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
-    # On CPU DeepSpeed would compile an all-reduce of its own at first use: a minute, a
-    # compiler, and a lock that a killed build leaves for the next run to wait on. gloo does.
+    nvtx.enable_nvtx = False  # marks for a profiler, two at each of 10,000 calls of a step
+
+    gathering = partition_parameters.AllGatherCoalescedHandle
+    if stage3.reduce_scatter_coalesced is not reduce_scatter_mean:
+        stage3.reduce_scatter_coalesced = reduce_scatter_mean
+        original = gathering.wait
+        gathering.wait = lambda handle, handle_dependency=True: _wait_for_gathered(
+            original, handle, handle_dependency
+        )
+    logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
+    # On a CPU DeepSpeed would compile an all-reduce of its own at first use. That takes a minute
+    # and a compiler, and a killed build leaves a lock that the next run waits for. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Of torch to DeepSpeed, on every rank: nothing a user can act on.
+    # Warnings of torch about DeepSpeed's code, on every rank: the user cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
 
+def _wait_for_gathered(original: Any, handle: Any, handle_dependency: bool = True) -> None:
+    """Stands in for `AllGatherCoalescedHandle.wait`, which cuts in Python for every rank."""
+    if handle.complete or handle.quantization or handle.use_secondary_tensor:
+        original(handle, handle_dependency)
+        return
+    handle.allgather_handle.wait()
+    first = handle.partitions[0]  # the partitions follow each other in one tensor
+    rows = first.as_strided((handle.world_size, len(first)), (len(first), 1))
+    wholes = whole_tensors(rows, [parameter.ds_shape for parameter in handle.params])
+    for parameter, whole in zip(handle.params, wholes, strict=True):
+        parameter.data = whole.to(parameter.ds_tensor.dtype)
+        parameter.ds_status = type(parameter.ds_status).AVAILABLE
+    handle.complete = True
+    if rows.is_cuda:
+        if handle_dependency:
+            rows.record_stream(torch.cuda.current_stream())
+        else:
+            handle.data_buffer.append([rows])  # until DeepSpeed has waited
+
+
 def missing_for_nvme() -> str | None:
-    """What DeepSpeed lacks for offload to NVMe on this machine, as part of a sentence."""
+    """Reason why DeepSpeed cannot offload to NVMe here, as part of a sentence; None if it can."""
     _deepspeed()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -51,9 +87,15 @@ def missing_for_nvme() -> str | None:
 def fill_partitioned(
     model: nn.Module, values: Values, ds_config: dict[str, Any], device: torch.device
 ) -> None:
-    """Stage 3: gives a model on meta its values and partitions it, layer by layer, in place.
+    """Gives a model on meta its values and partitions it for stage 3, layer by layer, in place.
 
-    No rank ever holds more than one layer whole, beside its own partitions.
+    No rank ever holds more than one whole layer beside its own partitions.
+
+    Args:
+        model: model on meta.
+        values: where values come from.
+        ds_config: resolved DeepSpeed configuration.
+        device: device of this rank.
     """
     deepspeed = _deepspeed()
     names = {tensor: name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -69,6 +111,18 @@ def fill_partitioned(
             deepspeed.zero.Init(module=layer, config_dict_or_path=ds_config, dtype=torch.float32)
 
 
+def gather_as(low: torch.dtype, layers: Iterable[nn.Module]) -> None:
+    """Makes stage 3 gather the weights of `layers` in the type `low`.
+
+    Gathered weights are float32 again, with the bits of `low`: only the messages are shorter.
+    Gradients are reduced in float32 as before, because DeepSpeed asks for this type of a parameter
+    there only under its own autocast.
+    """
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            parameter.comm_dtype = low  # type: ignore[attr-defined]
+
+
 def _fill_layer(layer: nn.Module, values: Values, names: dict[Tensor, str]) -> None:
     children, layer._modules = layer._modules, {}
     try:
@@ -78,21 +132,31 @@ def _fill_layer(layer: nn.Module, values: Values, names: dict[Tensor, str]) -> N
 
 
 class ZeroEngine:
-    """See `Engine`. Gradient accumulation follows `ds_config`."""
+    """An `Engine` of strategy `zero`.
+
+    Args:
+        model: a model with values; partitioned already for stage 3.
+        groups: the model's parameter groups, one per tensor.
+        build_optimizer: makes the optimizer, given its groups and the number of shards.
+        ds_config: resolved DeepSpeed configuration; it has the gradient accumulation too.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        build_optimizer: Callable[[nn.Module, int], SliceSGD],
+        groups: list[dict[str, Any]],
+        build_optimizer: Callable[[list[dict[str, Any]], int], SliceSGD],
         ds_config: dict[str, Any],
     ) -> None:
         deepspeed = _deepspeed()
         self.model = model
         zero = ds_config.get("zero_optimization", {})
         self._stage = int(zero.get("stage", 0))
-        self._offload = _device(zero, "offload_optimizer")
+        self._offload = offload_device(zero, "offload_optimizer")
         shards = distributed.world_size() if self._stage > 0 else 1
-        self._optimizer = build_optimizer(model, shards)
+        if self._stage > 0:
+            groups = join(groups, most=self._most_joined(zero), cut_first=self._stage == 3)
+        self._optimizer = build_optimizer(groups, shards)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
@@ -100,19 +164,23 @@ class ZeroEngine:
             dist_init_required=False,
         )
         if self._stage == 3:
-            for module in model.modules():
-                module.register_forward_pre_hook(_remember_calls, prepend=True)
-                module.register_forward_pre_hook(_add_calls)
-        if self._stage == 2 and self._offload == "none":
-            # DeepSpeed would keep the whole gradient of a tensor that reaches into this rank's
-            # partition, and with one group per tensor all of them do. Its buffer for no more than
-            # the partition is otherwise for gradients summed in another type than the weights'.
+            add_up_calls(model)
+        self._leave_norms_to_the_optimizer()
+        if self._stage in (1, 2) and self._offload == "none":
+            # DeepSpeed would keep the whole gradient of every tensor that reaches into this rank's
+            # partition. This buffer is as small as the partition; DeepSpeed uses it only for
+            # gradients of another type than the weights.
             self._engine.optimizer._use_compact_grad_partition_buffer = lambda group: True
 
+        self._persistent: list[Any] = []
+        if self._stage == 3 and offload_device(zero, "offload_param") != "nvme":
+            # DeepSpeed gathers them after every step, each by a collective of its own.
+            self._persistent = list(self._engine.optimizer.persistent_parameters)
+            self._engine.optimizer.persistent_parameters = []
+
     def __call__(self, crops: list[Tensor], queue: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._stage == 3:  # a pass whose backward was left out leaves calls behind
-            for module in self.model.modules():
-                vars(module)["ds_grads_remaining"] = 0
+        if self._stage == 3:
+            forget_calls(self.model)
         embeddings, scores = self._engine(crops, queue)
         return embeddings, scores
 
@@ -124,6 +192,8 @@ class ZeroEngine:
         if last and self._stage > 0 and self._offload != "nvme":
             self._reduce_norms()
         self._engine.step()
+        if last and self._persistent:
+            self._persistent[0].all_gather_coalesced(self._persistent).wait()
         return self._optimizer.take_grad_norm() if last else None
 
     @property
@@ -132,19 +202,18 @@ class ZeroEngine:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+        return self._optimizer.tensors
 
     def slices(self) -> Iterator[Slice]:
         if self._stage < 3:
             yield from self._optimizer.slices()
             return
         zero = self._engine.optimizer
-        for index in range(len(zero.fp16_groups)):  # one tensor each
+        for index, group in enumerate(self._optimizer.param_groups):  # a sub-group each
             swapped = zero._swappable_optimizer_subgroup(index)
             if swapped:
                 zero._optimizer_states_and_gradient_swap_in(index)
-            group = self.param_groups[zero.sub_group_to_group_id[index]]
-            # ZeRO-3 shows the masters to the optimizer only during a step.
+            # ZeRO-3 gives the masters to the optimizer only during a step.
             group["params"] = [zero.fp32_partitioned_groups_flat[index]]
             try:
                 yield from self._optimizer.slices()
@@ -160,16 +229,44 @@ class ZeroEngine:
         return self._offload != "nvme"
 
     @property
+    def holds_all(self) -> bool:
+        return self._stage == 0
+
+    @property
     def writes_slices(self) -> bool:
         return self._stage > 0 or distributed.is_main()
 
-    def _reduce_norms(self) -> None:
-        """One all-reduce instead of one per tensor, from the partitions of the mean gradient.
+    def _most_joined(self, zero: dict[str, Any]) -> int:
+        """Elements of a joined group; 0 for one group per tensor."""
+        if self._offload == "nvme":  # a group is in memory as a whole
+            return 0
+        if zero.get("round_robin_gradients") or zero.get("parameter_alignment"):
+            return 0  # DeepSpeed would join in another order, or with gaps
+        if self._stage < 3:
+            return MOST_JOINED
+        # Stage 3 cuts groups of which a rank holds more than this into sub-groups; 1e9 is its own.
+        whole = int(zero.get("sub_group_size", 10**9))
+        return min(MOST_HELD * distributed.world_size(), whole)
 
-        With offload to NVMe gradients are on disk, and the optimizer reduces tensor by tensor.
+    def _leave_norms_to_the_optimizer(self) -> None:
+        """Replaces DeepSpeed's norms of gradients by 0, where `compute_grad_norm` cannot.
+
+        DeepSpeed returns from a step whose norm is not finite before it calls the optimizer, and
+        says so nowhere. It also reduces each tensor's norm alone and copies it to the host.
+        """
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            zero._get_norm_groups = lambda: [torch.zeros(())]
+        elif self._stage > 0 and self._offload != "none":
+            zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
+
+    def _reduce_norms(self) -> None:
+        """Reduces all norms at once, from this rank's partitions of the mean gradient.
+
+        Not called with offload to NVMe: gradients are on disk, and each tensor is reduced alone.
         """
         if self._offload == "cpu" and torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # gradients may still be on their way
+            torch.cuda.current_stream().synchronize()  # gradients may still be being copied
         zero = self._engine.optimizer
         masters = (
             zero.fp32_partitioned_groups_flat
@@ -177,7 +274,8 @@ class ZeroEngine:
             else zero.single_partition_of_fp32_groups
         )
         gradients = {}
-        for index, (group, master) in enumerate(zip(self.param_groups, masters, strict=True)):
+        groups = self._optimizer.param_groups
+        for index, (group, master) in enumerate(zip(groups, masters, strict=True)):
             parts = [master.grad] if self._offload == "cpu" else zero.averaged_gradients.get(index)
             if parts is not None and parts[0] is not None:
                 gradients[group["name"]] = parts
@@ -187,25 +285,5 @@ class ZeroEngine:
             self._optimizer.reduce_norms(gradients)
         finally:
             if self._stage == 3:
-                for group in self.param_groups:
+                for group in groups:
                     group["params"] = []
-
-
-# Stage 3 frees a layer when as many gradients have come to its inputs as it has had calls. But
-# DeepSpeed starts to count anew at every call, so that a layer which two resolutions go through
-# would be freed after the first one's backward pass, be gathered again for the other's, and stay
-# whole until the end: by then every rank would hold the whole model.
-def _remember_calls(module: nn.Module, _: object) -> None:
-    own = vars(module)
-    own["_calls_before"] = own.get("ds_grads_remaining", 0)
-
-
-def _add_calls(module: nn.Module, _: object) -> None:
-    own = vars(module)
-    if torch._C._current_graph_task_id() != -1:  # a recomputation: no gradient goes through it
-        own["ds_grads_remaining"] = 0
-    own["ds_grads_remaining"] += own["_calls_before"]
-
-
-def _device(zero: dict[str, Any], section: str) -> str:
-    return str((zero.get(section) or {}).get("device", "none"))

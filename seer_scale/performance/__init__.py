@@ -1,1 +1,1 @@
-"""What a run says of its own speed: utilisation, time by kind, stragglers."""
+"""Costs of a model and the speed of a run: operations, hardware peaks, utilisation, profiles."""

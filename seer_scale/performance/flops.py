@@ -1,9 +1,9 @@
-"""Floating-point operations of a RegNet and its head, layer by layer, from their numbers alone.
+"""Counts the floating-point operations of a RegNet and its head, layer by layer.
 
-A multiplication and an addition count as two. Of convolutions and linear layers, which is where
-the operations are; the backward pass takes one product for the gradient of the weight and one for
-that of the input, each as many as the forward pass. torch's `FlopCounterMode` counts the same,
-except the gradient of a grouped convolution's weight, which it counts once per group.
+A multiplication and an addition count as two. Only convolutions and linear layers count. The
+backward pass computes one product for the gradient of the weight and one for the gradient of the
+input; each has as many operations as the forward pass. torch's `FlopCounterMode` counts the same,
+except that it counts the gradient of a grouped convolution's weight once per group.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ class Layer:
     """A convolution or linear layer at one crop size, per image.
 
     Attributes:
-        block: position of its block in the trunk; `STEM` before the first.
+        block: position of the block in the trunk; `STEM` for the stem.
         forward: operations of the forward pass.
-        outputs: elements of its output.
-        groups: of a convolution.
+        outputs: elements of the output.
+        groups: groups of the convolution.
         normalised: whether BatchNorm follows.
-        input_gradient: false for the stem: nobody asks for an image's gradient.
+        input_gradient: whether the backward pass needs the gradient of the input; False for the
+            stem, whose input is an image.
     """
 
     block: int
@@ -45,7 +46,12 @@ class Layer:
 
 
 def trunk_layers(config: RegNetConfig, size: int) -> list[Layer]:
-    """Of a trunk for an image of `size` x `size` pixels (RegNet, arXiv 2003.13678, section 3)."""
+    """Lists the layers of a trunk for a crop (RegNetY, arXiv 2003.13678, section 3).
+
+    Args:
+        config: configuration of the trunk.
+        size: side of the square crop in pixels.
+    """
     size = _halved(size)
     layers = [
         Layer(
@@ -98,11 +104,11 @@ class Flops:
     """Operations per image of a training step, all crops together.
 
     Attributes:
-        by_size: crop size -> forward pass of one crop through the trunk.
-        forward: trunk, head and prototypes, all crops.
+        by_size: crop size in pixels -> operations of one crop's forward pass through the trunk.
+        forward: forward pass of all crops through trunk, head and prototypes.
         training: forward and backward pass, without recomputation.
-        recompute: what activation checkpointing adds.
-        torch_counter: what `FlopCounterMode` would print for `training`.
+        recompute: operations that activation checkpointing adds.
+        torch_counter: the count of `FlopCounterMode` for `training`.
     """
 
     by_size: dict[int, int]
@@ -121,15 +127,15 @@ def count_flops(
     prototypes: int,
     recomputed: Iterable[int] = (),
 ) -> Flops:
-    """Operations of an image's crops through trunk, head and prototypes.
+    """Counts the operations of an image's crops through trunk, head and prototypes.
 
     Args:
-        config: of the trunk.
-        crop_sizes: pixels, per resolution.
-        crop_counts: crops of an image, per resolution.
+        config: configuration of the trunk.
+        crop_sizes: side of the square crops in pixels, one entry per resolution.
+        crop_counts: crops of an image, one entry per resolution.
         head_dims: widths of the projection head.
-        prototypes: their number.
-        recomputed: positions of the blocks whose forward pass is done twice.
+        prototypes: number of prototypes.
+        recomputed: positions of the blocks whose forward pass runs twice.
     """
     twice = frozenset(recomputed)
     by_size: dict[int, int] = {}

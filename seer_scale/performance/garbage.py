@@ -1,7 +1,7 @@
-"""Python's garbage collector under control: between steps, on all ranks after the same one.
+"""Runs Python's garbage collector between steps, on all ranks after the same step.
 
-Left to itself it stops each rank at another moment of a step, and all others wait for that rank.
-What exists when the training begins is not looked at again, which is most of it.
+By itself the collector stops each rank at another moment, and all other ranks wait for that rank.
+Objects that exist when the training begins, which are most objects, are not examined again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 
 
 class GarbageCollection:
-    """Switches the automatic collection off; `close` switches it on again.
+    """Switches automatic garbage collection off; `close` switches it on again.
 
     Args:
         every: steps between two collections.
@@ -23,11 +23,11 @@ class GarbageCollection:
         gc.disable()
 
     def after(self, step: int) -> None:
-        """Call after every step; collects if it is time to."""
+        """Collects garbage after every `every` steps; to be called after each step."""
         if step % self._every == 0:
             gc.collect()
 
     def close(self) -> None:
-        """Leaves the collector to itself."""
+        """Switches automatic garbage collection on again."""
         gc.unfreeze()
         gc.enable()

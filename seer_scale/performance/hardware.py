@@ -1,20 +1,22 @@
-"""Hardware profiles: what a GPU and its links are said to do, and what of it was measured."""
+"""Hardware profiles: peak, memory and links of a GPU, as the vendor states them or as measured."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from seer_scale.config.schema import did_you_mean
+from seer_scale.config.schema import build
 from seer_scale.config.yaml_text import read_yaml
-from seer_scale.errors import ConfigError
+from seer_scale.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = Path(__file__).with_name("hardware")
-# What of a nominal bandwidth programs get: memory and links alike, where nobody measured.
+# Share of a nominal bandwidth, of memory or links, that counts where there is no measurement.
 ACHIEVED = 0.8
 
 Positive = Annotated[float, Field(gt=0)]
@@ -26,48 +28,48 @@ class _Part(BaseModel):
 
 
 class Rate(_Part):
-    """GB/s, one direction: as the vendor states it, and as somebody measured it."""
+    """A bandwidth in GB/s in one direction: nominal, as the vendor states it, and measured."""
 
     nominal: Positive
     measured: Positive | None
 
     @property
     def bytes_per_second(self) -> float:
-        """What to reckon with: the measured rate, or a share of the nominal one."""
+        """Bytes per second for estimates: measured, or else `ACHIEVED` times nominal."""
         return 1e9 * (self.measured or ACHIEVED * self.nominal)
 
 
 class Peaks(_Part):
-    """TFLOP/s of dense matrix products by `train.precision`."""
+    """TFLOP/s of dense matrix products, by value of `train.precision`."""
 
     nominal: dict[str, Positive]
     measured: dict[str, Positive] | None
 
 
 class Latency(_Part):
-    """Microseconds that a message takes from rank to rank, beside its bytes."""
+    """Microseconds that a message takes from rank to rank, beyond the transfer of its bytes."""
 
     intra: Positive
     inter: Positive
 
 
 class Hardware(_Part):
-    """One GPU (or one CPU process) with its share of the links; a file of `hardware/`.
+    """One GPU, or one CPU process, with its share of the links; read from a file of `hardware/`.
 
     Attributes:
-        name: in words.
-        device_names: what torch calls such a GPU, or Linux the CPU of such a core.
-        generation: those of one generation share an efficiency.
-        memory_gib: of a rank.
-        on_touch: whether memory is taken only when it is written to.
-        reserved_gib: of it what is not tensors: context, workspaces, gaps.
-        peak_tflops: by precision.
-        bandwidth_gb_s: of memory.
-        intra_node_gb_s: of a rank to the others of its node.
-        inter_node_gb_s: a rank's share of its node's network.
-        latency_us: of a message.
-        efficiency: share of the peak that a RegNet's convolutions reach.
-        efficiency_source: where that comes from.
+        name: name for people.
+        device_names: names of the device by torch (GPU) or Linux (CPU).
+        generation: generation of the device; devices of a generation share an efficiency.
+        memory_gib: memory of a rank in GiB.
+        on_touch: whether memory counts only once it is written to.
+        reserved_gib: part of the memory that tensors cannot use: context, workspaces, gaps.
+        peak_tflops: peak by precision.
+        bandwidth_gb_s: bandwidth of the memory.
+        intra_node_gb_s: bandwidth from a rank to the other ranks of its node.
+        inter_node_gb_s: a rank's share of the network of its node.
+        latency_us: latency of a message.
+        efficiency: share of the peak that the convolutions of a RegNet reach.
+        efficiency_source: source of the efficiency.
     """
 
     name: str
@@ -86,17 +88,17 @@ class Hardware(_Part):
 
     @property
     def usable_gib(self) -> float:
-        """GiB for tensors."""
+        """Memory for tensors in GiB."""
         return self.memory_gib - self.reserved_gib
 
     def peak(self, precision: str) -> float:
-        """FLOP/s at the peak.
+        """Peak operations per second (FLOP/s).
 
         Args:
-            precision: of `train.precision`; Apex O1 computes in float16 too.
+            precision: value of `train.precision`; `apex-o1` has the peak of `amp-o1`, float16.
 
         Raises:
-            ConfigError: if the hardware has none.
+            ConfigError: if the hardware does not have the precision.
         """
         peaks = self.peak_tflops.measured or self.peak_tflops.nominal
         name = "amp-o1" if precision == "apex-o1" else precision
@@ -109,19 +111,21 @@ class Hardware(_Part):
 
 
 def names() -> list[str]:
-    """Of the profiles there are."""
+    """Names of all profiles in `hardware/`, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def hardware_of(device: str) -> Hardware | None:
-    """The profile whose `device_names` hold `device`; None if there is none."""
+    """Finds the profile whose `device_names` contain `device`; None if no profile does."""
     profiles = map(load_hardware, names())
     return next((known for known in profiles if device in known.device_names), None)
 
 
 def device_name(device: torch.device) -> str:
-    """What torch calls a GPU, or Linux the processor."""
+    """Name of a device: a GPU by torch, a processor by Linux."""
     if device.type == "cuda":
+        import torch  # here, because `--help` names the profiles
+
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -129,10 +133,13 @@ def device_name(device: torch.device) -> str:
 
 
 def load_hardware(name: str) -> Hardware:
-    """A profile of `hardware/`, by its file's name; or a YAML file of one's own.
+    """Loads a hardware profile.
+
+    Args:
+        name: name of a file of `hardware/` without ending, or path of a YAML file.
 
     Raises:
-        ConfigError: if there is none of this name, or the file is no profile.
+        ConfigError: if no profile has this name, or the file is not a profile.
     """
     own = name.endswith((".yaml", ".yml"))
     path = Path(name) if own else FOLDER / f"{name}.yaml"
@@ -142,9 +149,5 @@ def load_hardware(name: str) -> Hardware:
             f"there is no hardware {name!r}{hint or ':'} the profiles are {', '.join(names())}, or "
             "give the path of a .yaml file like theirs"
         )
-    try:
-        return Hardware.model_validate(read_yaml(path.read_text(encoding="utf-8"), where=str(path)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"{path}: {key}: {first['msg'].lower()}") from None
+    text = path.read_text(encoding="utf-8")
+    return build(Hardware, read_yaml(text, where=str(path)), where=f"{path}: ")

@@ -1,13 +1,13 @@
 """Profiles some steps of a run with torch's profiler: a Chrome trace, and a table of the time.
 
-The trace opens in https://ui.perfetto.dev. Steps outside the range cost a comparison each.
+The trace opens in https://ui.perfetto.dev. A step outside the range costs one comparison.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,37 @@ from torch.nn.modules.module import (
 )
 from torch.profiler import ProfilerActivity, record_function
 
+from seer_scale.errors import ConfigError
 from seer_scale.performance.time_by_kind import NORM_RANGE, time_by_kind
 
-FOLDER = "profile"  # of a run's folder
+FOLDER = "profile"  # in the run folder
+
+
+def check_ranks(ranks: Sequence[int], world_size: int) -> None:
+    """Refuses to profile a rank that the run does not have.
+
+    Raises:
+        ConfigError: if a number of `ranks` is not below `world_size`.
+    """
+    if max(ranks) >= world_size:
+        raise ConfigError(
+            f"profile.ranks is {list(ranks)}, but the run has {world_size} "
+            f"rank{'s' * (world_size != 1)}: name ranks from 0 to {world_size - 1}"
+        )
 
 
 class Profiler:
-    """Profiles the steps `first` to `last`, counted from 1; none unless `span` is given.
+    """Profiles a range of steps of this rank.
 
-    The step before them is profiled too and thrown away: what the profiler does once is in it.
+    The step before the range is profiled too and discarded, since it contains the profiler's
+    start-up.
 
     Args:
-        folder: where the files go.
-        span: first and last step.
-        rank: of this process, for the files' names.
-        device: of this process.
-        done: is told the files that were written, and a line that sums them up.
+        folder: folder for the files.
+        span: first and last step, counted from 1; None profiles nothing.
+        rank: rank of this process, for the names of the files.
+        device: device of this process.
+        done: called at the end with the written files and a summary of one line.
     """
 
     def __init__(
@@ -55,13 +70,13 @@ class Profiler:
         self._ranges: list[record_function] = []
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """Around the training step `step`."""
+        """Context manager for the training step `step`."""
         if self._first - 1 <= step <= self._last:
             return self._profiled(step)
         return nullcontext()
 
     def range(self, name: str) -> AbstractContextManager[None]:
-        """Around a part of a step, which is seen in the trace under that name."""
+        """Context manager for a part of a step; `name` is its name in the trace."""
         return record_function(name) if self._profile else nullcontext()
 
     @contextmanager
@@ -77,7 +92,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Ends the profile and writes it, if one is under way."""
+        """Stops a running profile and writes its files."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None

@@ -1,35 +1,47 @@
-"""A model in the numbers that memory and communication depend on; built on the meta device."""
+"""The shape of a model: the numbers that memory and communication depend on."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from seer_scale.config.run_config import ModelSection
-from seer_scale.models import MultiCropModel, build_model
+from seer_scale.models import MultiCropModel
+
+FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
 class Part:
-    """A block, the head with its prototypes, or the stem: neighbours in the passes.
+    """Parameters of the stem, of a block, or of the head with its prototypes.
 
     Attributes:
-        whole: parameters.
-        units: of them those that a sharding strategy gathers together, one number per unit.
-        largest_tensor: parameters of the largest one.
-        largest_layer: parameters of the module that has most itself.
+        whole: number of parameters.
+        units: parameters of each unit that a sharding strategy gathers together.
+        low: of each unit, the parameters of convolutions and linear layers that may run in 16 bit.
+        largest_tensor: parameters of the largest tensor.
+        largest_layer: parameters of the largest layer, without its sublayers.
     """
 
     whole: int
     units: tuple[int, ...]
+    low: tuple[int, ...]
     largest_tensor: int
     largest_layer: int
+
+    def unit_bytes(self, low: int) -> tuple[int, ...]:
+        """Bytes of each unit, gathered.
+
+        Args:
+            low: bytes of a parameter that may run in 16 bit.
+        """
+        pairs = zip(self.units, self.low, strict=True)
+        return tuple(FLOAT * (unit - part) + low * part for unit, part in pairs)
 
 
 @dataclass(frozen=True)
@@ -37,22 +49,24 @@ class Shape:
     """Parameters and buffers of a model.
 
     Attributes:
-        trunk: parameters.
+        trunk: parameters of the trunk.
         head: parameters of the projection head.
-        prototypes: parameters.
-        tensor_shapes: of every parameter.
-        buffers: bytes; every rank holds all.
-        norms: channels of every BatchNorm of the trunk, and of the head.
-        stem: what runs before the blocks.
-        blocks: in the order of the forward pass.
-        top: what runs after them.
-        depths: blocks of every stage.
+        prototypes: parameters of the prototypes.
+        tensor_shapes: shape of every parameter tensor.
+        low_tensors: whether each of them belongs to a layer that may run in 16 bit.
+        buffers: bytes of all buffers; every rank holds all of them.
+        norms: channels of every BatchNorm, of the trunk and of the head.
+        stem: the layers before the blocks.
+        blocks: the blocks in the order of the forward pass.
+        top: the projection head with the prototypes.
+        depths: number of blocks of every stage.
     """
 
     trunk: int
     head: int
     prototypes: int
     tensor_shapes: tuple[tuple[int, ...], ...]
+    low_tensors: tuple[bool, ...]
     buffers: int
     norms: tuple[tuple[int, ...], tuple[int, ...]]
     stem: Part
@@ -62,30 +76,32 @@ class Shape:
 
     @property
     def total(self) -> int:
-        """Parameters."""
+        """Number of all parameters."""
         return self.trunk + self.head + self.prototypes
 
     @cached_property
     def tensors(self) -> tuple[int, ...]:
-        """Parameters of every tensor."""
+        """Number of elements of every parameter tensor."""
         return tuple(math.prod(shape) for shape in self.tensor_shapes)
 
     def padded(self, strategy: str, shards: int, *, stage: int = 0) -> list[int]:
-        """Elements of every tensor, filled up until `shards` ranks hold equal parts.
+        """Elements of every tensor, padded until `shards` ranks hold equal parts.
 
-        FSDP2 deals out whole rows, and rank 0 has as many as any; ZeRO deals out elements, at
-        stages 1 and 2 in pairs.
+        FSDP2 shards whole rows. ZeRO shards elements; at stages 1 and 2 in pairs, and all tensors
+        as one.
 
         Args:
-            strategy: of `sharding.strategy`.
-            shards: ranks that share one copy.
-            stage: of ZeRO, for strategy `zero`.
+            strategy: value of `sharding.strategy`.
+            shards: ranks that share one copy of the model.
+            stage: ZeRO's stage, for strategy `zero`.
         """
         if strategy in ("fsdp", "hsdp"):
             rows = ((shape[0], math.prod(shape[1:])) for shape in self.tensor_shapes)
             return [_up(first, shards) * row for first, row in rows]
+        if strategy == "zero" and stage == 3:
+            return [_up(size, shards) for size in self.tensors]
         if strategy == "zero" and stage > 0:
-            return [_up(size, shards * (1 if stage == 3 else 2)) for size in self.tensors]
+            return [_up(self.total, 2 * shards)]
         return list(self.tensors)
 
 
@@ -95,13 +111,13 @@ def regions(
     groups: Sequence[Sequence[int]] | None = None,
     chosen: frozenset[int] = frozenset(),
 ) -> tuple[tuple[int, ...], ...]:
-    """Blocks that are recomputed together, by position in the trunk.
+    """Lists the groups of blocks that are recomputed together, by position in the trunk.
 
     Args:
-        mode: of `sharding.activation_checkpointing`.
-        depths: blocks of every stage.
-        groups: `sharding.checkpoint_groups`, for mode `groups`.
-        chosen: the blocks of mode `auto`.
+        mode: value of `sharding.activation_checkpointing`.
+        depths: number of blocks of every stage.
+        groups: value of `sharding.checkpoint_groups`, for mode `groups`.
+        chosen: recomputed blocks, for mode `auto:GIB`.
     """
     count = sum(depths)
     if mode == "full":
@@ -120,52 +136,47 @@ def regions(
     return tuple(found)
 
 
-@cache
-def shape_of(model: ModelSection, heavy: int) -> Shape:
-    """The numbers of a configured model.
+def read_shape(model: MultiCropModel, heavy: int) -> Shape:
+    """Reads the shape of a model; the meta device is enough.
 
     Args:
-        model: the recipe's section.
-        heavy: `sharding.unit_parameters`: larger layers are units of their own.
+        model: the model.
+        heavy: value of `sharding.unit_parameters`; larger layers are units of their own.
     """
-    built = build_model(
-        model.trunk,
-        head_dims=model.head_dims,
-        head_batch_norm=model.head_batch_norm,
-        prototypes=model.prototypes,
-        device="meta",
-    )
-    return read_shape(built, heavy)
-
-
-def read_shape(model: MultiCropModel, heavy: int) -> Shape:
-    """As `shape_of`, of a model that is there."""
     blocks = [block for stage in model.blocks() for block in stage]
+    low = frozenset(model.low_precision_layers())
+    in_low = {tensor for layer in low for tensor in layer.parameters(recurse=False)}
     return Shape(
         trunk=_count(model.trunk),
         head=_count(model.head),
         prototypes=_count(model.prototypes),
         tensor_shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
+        low_tensors=tuple(parameter in in_low for parameter in model.parameters()),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         norms=(_channels(model.trunk), _channels(model.head)),
-        stem=_part([model.trunk.stem], heavy),
-        blocks=tuple(_part([block], heavy) for block in blocks),
-        top=_part([model.head, model.prototypes], heavy),
+        stem=_part([model.trunk.stem], heavy, low),
+        blocks=tuple(_part([block], heavy, low) for block in blocks),
+        top=_part([model.head, model.prototypes], heavy, low),
         depths=tuple(len(stage) for stage in model.blocks()),
     )
 
 
-def _part(modules: Sequence[nn.Module], heavy: int) -> Part:
+def _part(modules: Sequence[nn.Module], heavy: int, low: Collection[nn.Module]) -> Part:
     units: list[int] = []
+    of_low: list[int] = []
     own: list[int] = []
     for module in modules:
-        layers = [sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()]
-        own += layers
-        # As `MultiCropModel.units` has it: heavy layers inside, then what is left.
-        alone = [layer for layer in layers[1:] if layer > heavy]
-        units += [*alone, sum(layers) - sum(alone)]
+        layers = list(module.modules())
+        sizes = [sum(p.numel() for p in layer.parameters(recurse=False)) for layer in layers]
+        own += sizes
+        # The same units as in `MultiCropModel.units`: heavy layers, then all the rest.
+        alone = [index for index, size in enumerate(sizes) if index and size > heavy]
+        rest = [index for index in range(len(sizes)) if index not in alone]
+        for unit in (*([index] for index in alone), rest):
+            units.append(sum(sizes[index] for index in unit))
+            of_low.append(sum(sizes[index] for index in unit if layers[index] in low))
     tensors = [p.numel() for module in modules for p in module.parameters()]
-    return Part(sum(tensors), tuple(units), max(tensors), max(own))
+    return Part(sum(tensors), tuple(units), tuple(of_low), max(tensors), max(own))
 
 
 def _up(number: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""Finds the rank that the others wait for, from every rank's own work of a step."""
+"""Finds the rank that all others wait for, from the seconds of every rank's own work."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 
 class Stragglers:
-    """Watches who is slowest, and says so once it is always the same rank.
+    """Watches for a straggler, and warns when the same rank stays the slowest.
 
     Args:
-        say: tells the user something.
-        ratio: of the slowest rank's work to the median rank's, from which it is a straggler.
-        patience: steps in a row with the same straggler before it is named.
+        say: prints a line for the user.
+        ratio: least ratio of the slowest rank's work to the median rank's work of a straggler.
+        patience: number of consecutive steps with the same straggler before the warning.
     """
 
     def __init__(
@@ -22,10 +22,15 @@ class Stragglers:
         self._rank, self._steps = -1, 0
 
     def observe(self, seconds: Sequence[float]) -> dict[str, float]:
-        """Takes a step's work of every rank, in rank order; the metric that follows from it.
+        """Takes the work of one step and returns the metric `straggler_ratio`.
 
-        `straggler_ratio` is the slowest rank's work over the median's (the lower one's, where there
-        are two in the middle). One rank alone has none, and neither has a step without times.
+        The ratio is the slowest rank's work over the median rank's (the lower of two medians).
+
+        Args:
+            seconds: seconds of own work of every rank, in rank order.
+
+        Returns:
+            The metric; empty for one rank alone or a step without times.
         """
         median = statistics.median_low(seconds)
         if len(seconds) == 1 or median <= 0:
@@ -39,9 +44,9 @@ class Stragglers:
         self._rank = slowest
         if self._steps == self._patience:
             self._say(
-                f"warning: rank {slowest} was the slowest in {self._patience} steps in a row: "
-                f"{seconds[slowest]:.3f} s of work of its own, the median rank {median:.3f} s; "
-                "all others wait for it. Look at its images, its device's clock and what else runs "
-                "on its node"
+                f"warning: rank {slowest} was the slowest in {self._patience} consecutive steps: "
+                f"{seconds[slowest]:.3f} s of own work, the median rank {median:.3f} s; all other "
+                "ranks wait for it. Check its images, the clock of its device and the other "
+                "processes of its node"
             )
         return {"straggler_ratio": ratio}

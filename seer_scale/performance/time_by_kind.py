@@ -1,9 +1,9 @@
-"""Where the time of profiled steps went, from the events of a Chrome trace.
+"""Divides the time of profiled steps by kind, from the events of a Chrome trace.
 
-Every moment of a step belongs to exactly one kind, so that the kinds add up to the steps. On a GPU
-it is that of the kernel that runs, of a collective only where no other kernel runs beside it; on a
-CPU that of the innermost event of the training thread that has a kind. Kernels have the kind of the
-operator that launched them.
+Every moment of a step has exactly one kind, so that all kinds sum to the time of the steps. On a
+GPU, a moment has the kind of the running kernel; it counts as a collective only if no other kernel
+runs. On a CPU, a moment has the kind of the innermost event of the training thread that has a kind.
+A kernel has the kind of the operator that launched it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ DATA, IDLE, OTHER = "data wait", "device idle", "other"
 KINDS = (CONV, LINEAR, NORM, COLLECTIVES, OPTIMIZER, LOSS, DATA, IDLE, OTHER)
 
 STEP = re.compile(r"^train step \d+$")  # the range that the profiler puts around a step
-NORM_RANGE = "batch_norm"  # the one around a layer
-# In this order. The last four are ranges: what is inside of one has its kind, but for collectives.
+NORM_RANGE = "batch_norm"  # the range around a BatchNorm layer
+# Tried in this order. Events inside a range of `CLOSED` have its kind, except for collectives.
 PATTERNS = {
     COLLECTIVES: re.compile(
         r"^(c10d::|_c10d_functional::|gloo:|nccl|fsdp::|FSDP::(all_gather|post_backward_re))"
@@ -37,7 +37,7 @@ PATTERNS = {
 CLOSED = (OPTIMIZER, LOSS, DATA)
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events
 HOST = ("cpu_op", "user_annotation")
-OPERATOR = re.compile(r"^(?!autograd::)\w+::\w+$")  # not a range, nor autograd's node around some
+OPERATOR = re.compile(r"^(?!autograd::)\w+::\w+$")  # neither a range nor a node of autograd
 
 
 class Piece(NamedTuple):
@@ -51,12 +51,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeByKind:
-    """Of the profiled steps together.
+    """The time of all profiled steps together.
 
     Attributes:
-        steps: how many.
-        seconds: all of them, from beginning to end.
-        by_kind: seconds of every kind in `KINDS`; they add up to `seconds`.
+        steps: number of steps.
+        seconds: seconds of all steps.
+        by_kind: seconds of every kind in `KINDS`; their sum is `seconds`.
     """
 
     steps: int
@@ -64,7 +64,7 @@ class TimeByKind:
     by_kind: dict[str, float]
 
     def markdown(self) -> str:
-        """A table, a row per kind, the longest first."""
+        """Writes a Markdown table with a row per kind, the longest time first."""
         rows = sorted(self.by_kind.items(), key=lambda item: -item[1])
         lines = ["| kind | ms per step | share |", "|---|---|---|"]
         for kind, seconds in [*rows, ("step", self.seconds)]:
@@ -74,13 +74,13 @@ class TimeByKind:
 
 
 def time_by_kind(events: Sequence[dict[str, Any]]) -> TimeByKind:
-    """Reads the time of every kind off a trace.
+    """Computes the time of every kind from a trace.
 
     Args:
-        events: `traceEvents` of a Chrome trace of torch's profiler.
+        events: `traceEvents` of a Chrome trace by torch's profiler.
 
     Raises:
-        ValueError: if no whole step is in the trace.
+        ValueError: if the trace contains no whole step.
     """
     events = [event for event in events if event.get("ph") == "X"]
     steps = [event for event in events if STEP.match(event["name"])]
@@ -101,12 +101,12 @@ def time_by_kind(events: Sequence[dict[str, Any]]) -> TimeByKind:
 
 
 def kind_of(name: str) -> str | None:
-    """The kind that an event has by its own name."""
+    """Kind of an event by its own name; None if the name says nothing."""
     return next((kind for kind, pattern in PATTERNS.items() if pattern.search(name)), None)
 
 
 def _host(events: Iterable[dict[str, Any]], thread: int) -> tuple[list[Piece], dict[int, str]]:
-    """The pieces of the training thread in their order; external id -> kind, of all threads."""
+    """Pieces of the training thread in order; and external id -> kind, for all threads."""
     by_thread = defaultdict(list)
     for event in events:
         if event["cat"] in HOST:
@@ -117,8 +117,8 @@ def _host(events: Iterable[dict[str, Any]], thread: int) -> tuple[list[Piece], d
 
 
 def _pieces(events: list[dict[str, Any]], kinds: dict[int, str]) -> list[Piece]:
-    """One thread's time, cut where an event begins or ends; adds to `kinds`."""
-    # Of events that begin together the longest is the outermost.
+    """Cuts the time of one thread where an event begins or ends; adds to `kinds`."""
+    # Of events that begin at the same time, the longest is the outermost.
     events = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
     pieces: list[Piece] = []
     open_events: list[tuple[float, str, bool]] = []  # end, kind, operator; outermost first
@@ -145,7 +145,7 @@ def _pieces(events: list[dict[str, Any]], kinds: dict[int, str]) -> list[Piece]:
         own = kind_of(event["name"])
         kind = own if own and (outer not in CLOSED or own == COLLECTIVES) else outer
         if open_events:
-            end = min(end, open_events[-1][0])  # clocks are read one after the other
+            end = min(end, open_events[-1][0])  # clock reads: an inner event may seem to end late
         open_events.append((end, kind, bool(OPERATOR.match(event["name"]))))
         if "External id" in (arguments := event.get("args", {})):
             kinds[arguments["External id"]] = kind
@@ -154,15 +154,16 @@ def _pieces(events: list[dict[str, Any]], kinds: dict[int, str]) -> list[Piece]:
 
 
 def _in_flight(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
-    """When gloo's threads were in a collective."""
+    """Stretches of time in which a thread of gloo was in a collective."""
     spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("gloo:")]
     return _union(spans)
 
 
 def _of_host(pieces: Sequence[Piece], in_flight: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Microseconds by kind; Python that stands still while a collective is under way waits for it.
+    """Microseconds by kind on a CPU.
 
-    So does Python right after a collective was begun: gloo's thread is still waking up.
+    Python outside of operators waits for a collective that is under way. Python right after the
+    start of a collective waits too: gloo's thread is still waking up.
     """
     spent: dict[str, float] = defaultdict(float)
     begun = False
@@ -187,7 +188,7 @@ def _on_device(kernel: dict[str, Any], operators: dict[int, str]) -> Piece:
 def _of_device(
     kernels: Iterable[Piece], host: Sequence[Piece], begin: float, end: float
 ) -> dict[str, float]:
-    """Microseconds by kind between two moments; with no kernel it is what the host was at."""
+    """Microseconds by kind between two moments; without a kernel, data wait or device idle."""
     spent: dict[str, float] = defaultdict(float)
     spans = sorted(
         (max(k.begin, begin), min(k.end, end), k.kind)
@@ -209,7 +210,7 @@ def _claim(
     taken: list[tuple[float, float]],
     spent: dict[str, float],
 ) -> list[tuple[float, float]]:
-    """Gives each span's kind what nobody before has taken; returns what is taken then."""
+    """Adds each span's time outside of `taken` to its kind; returns all taken stretches."""
     last = float("-inf")
     for begin, end, kind in spans:
         begin = max(begin, last)
@@ -230,7 +231,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _overlap(spans: Sequence[tuple[float, float]], begin: float, end: float) -> float:
-    """Length of what `spans`, which are apart and ascend, share with a stretch of time."""
+    """Length that ascending, separate `spans` share with a stretch of time."""
     first = max(0, bisect.bisect_right(spans, (begin, float("inf"))) - 1)
     shared = 0.0
     for a, b in spans[first:]:

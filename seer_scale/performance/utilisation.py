@@ -1,4 +1,4 @@
-"""MFU and HFU: what of the devices' peak the model's operations use (PaLM, arXiv 2204.02311, B)."""
+"""Model and hardware FLOPs utilisation, MFU and HFU (PaLM, arXiv 2204.02311, appendix B)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Operations of an image against the peak of a rank's device.
+    """Operations of an image, and the peak of a rank's device.
 
     Attributes:
-        model_flops: of an image's forward and backward pass, all crops; no recomputation.
-        hardware_flops: the same with what activation checkpointing computes again.
-        peak: FLOP/s of a rank's device at the run's precision.
+        model_flops: operations of an image's forward and backward pass, all crops, without
+            recomputation.
+        hardware_flops: the same operations with recomputation.
+        peak: peak FLOP/s of a rank's device at the run's precision.
     """
 
     model_flops: int
@@ -20,6 +21,6 @@ class Utilisation:
     peak: float
 
     def metrics(self, images_per_second: float) -> dict[str, float]:
-        """`mfu` and `hfu`, shares of 1, at a rank's images per second."""
+        """Computes `mfu` and `hfu`, shares of 1, from a rank's images per second."""
         rate = images_per_second / self.peak
         return {"mfu": rate * self.model_flops, "hfu": rate * self.hardware_flops}

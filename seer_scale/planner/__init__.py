@@ -1,4 +1,4 @@
-"""Runs before they run: what a configuration takes on some hardware, and the best that fits."""
+"""Memory, time and cost of a run before the run starts, and the best plan that fits."""
 
 from seer_scale.performance.hardware import Hardware, load_hardware
 from seer_scale.planner.plan import plan

@@ -1,37 +1,39 @@
-"""What the ranks of a step say to each other: messages by kind, their bytes, their time.
+"""The messages that the ranks exchange in a step: bytes by kind, and seconds.
 
-Ring collectives: of S bytes over n ranks an all-reduce sends 2 S (n - 1) / n per rank, an
-all-gather or reduce-scatter half of that. A ring crosses each node's boundary once; all links of a
-node carry it together, as NCCL's several rings do. Latency adds up along a ring; for an all-reduce
-NCCL has trees too, whose latency grows with the logarithm of the nodes, and takes the better.
+A ring all-reduce of S bytes over n ranks sends 2 S (n - 1) / n bytes per rank; an all-gather or a
+reduce-scatter sends half of that (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). A ring
+crosses the boundary of each node once, and all links of a node carry it together, as NCCL's
+parallel rings do. A ring's latency grows with the number of ranks. For all-reduces NCCL also has
+trees (Sanders, Speck and Traeff 2009, doi 10.1016/j.parco.2009.09.001), whose latency grows with
+the logarithm of the number of nodes. The faster of the two counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from seer_scale.config import RunConfig
-from seer_scale.parallel.state_bytes import FLOAT
+from seer_scale.optim.groups import MOST_JOINED
 from seer_scale.performance.hardware import Hardware
-from seer_scale.performance.shape import Shape
+from seer_scale.performance.shape import FLOAT, Shape
+from seer_scale.planner.job import DOUBLE, Batch, Layout, Sinkhorn, Zero
 
-DOUBLE = 8
 MICRO = 1e-6
+DDP_BUCKET = 25 * 2**20  # bytes; torch's default
 Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
-# When: while the forward or the backward pass computes, or with everybody waiting.
+# During the forward or the backward pass, or while all ranks wait.
 When = Literal["forward", "backward", "waiting"]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who takes part in a collective.
+    """The ranks that take part in a collective.
 
     Attributes:
-        size: ranks.
-        nodes: machines they are on.
+        size: number of ranks.
+        nodes: number of machines that hold these ranks.
     """
 
     size: int
@@ -40,15 +42,15 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Message:
-    """Collectives of one kind, `count` times a step.
+    """Equal collectives of one kind in a step.
 
     Attributes:
         kind: sharding, gradients, sync_batch_norm, sinkhorn or optimizer.
         op: the collective.
         size: bytes of the whole tensor.
-        count: how often.
-        ranks: between whom.
-        when: what it can hide behind.
+        count: number of collectives per step.
+        ranks: the ranks that take part.
+        when: the pass that runs at the same time, or `waiting`.
     """
 
     kind: str
@@ -65,7 +67,7 @@ class Message:
         return self.count * self.size * (n - 1) / n * (2 if self.op == "all_reduce" else 1)
 
     def seconds(self, hardware: Hardware) -> float:
-        """All of them, one after the other."""
+        """Seconds of all `count` collectives, one after the other."""
         n, nodes = self.ranks.size, self.ranks.nodes
         if n == 1:
             return 0.0
@@ -84,151 +86,167 @@ class Message:
 
 def messages(
     shape: Shape,
-    config: RunConfig,
+    layout: Layout,
+    batch: Batch,
     *,
-    nodes: int,
-    gpus_per_node: int,
-    zero: Mapping[str, Any],
+    prototypes: int,
+    sinkhorn: Sinkhorn | None,
+    recomputed: frozenset[int] = frozenset(),
 ) -> list[Message]:
-    """Of a step.
+    """Lists the messages of a step.
 
     Args:
-        shape: of the model.
-        config: of the run.
-        nodes: machines.
-        gpus_per_node: ranks of each.
-        zero: DeepSpeed's `zero_optimization`, for strategy `zero`.
+        shape: parameters of the model.
+        layout: ranks and sharding.
+        batch: images of a rank.
+        prototypes: number of prototypes.
+        sinkhorn: SwAV's iterations; None for an objective without them.
+        recomputed: positions of the recomputed blocks.
     """
-    world = Ranks(nodes * gpus_per_node, nodes)
+    world = Ranks(layout.world, layout.nodes)
     found = [
-        *_weights(shape, config, world, gpus_per_node, zero),
-        *_batch_norm(shape, config, world, gpus_per_node),
-        *_objective(config, world),
-        *_norms(shape, config, world, gpus_per_node, zero),
+        *_weights(shape, layout, world, batch, recomputed),
+        *_batch_norm(shape, layout, batch),
+        *_norms(shape, layout, world, prototypes),
     ]
+    if sinkhorn:
+        # Row sums of the prototypes, one per iteration, and a maximum; all crops in one message.
+        size = FLOAT * prototypes * sinkhorn.crops
+        count = batch.gradient_accumulation * (sinkhorn.iterations + 1)
+        found.append(Message("sinkhorn", "all_reduce", size, count, world, "waiting"))
     return [message for message in found if message.ranks.size > 1 and message.size]
 
 
 def _weights(
-    shape: Shape, config: RunConfig, world: Ranks, per_node: int, zero: Mapping[str, Any]
+    shape: Shape, layout: Layout, world: Ranks, batch: Batch, recomputed: frozenset[int]
 ) -> list[Message]:
-    """Weights that are gathered and gradients that are reduced; both are float32."""
-    whole, strategy = float(FLOAT * shape.total), config.sharding.strategy
-    micro_batches = config.train.gradient_accumulation
-    if strategy == "ddp":
-        buckets = math.ceil(whole / (25 * 2**20))  # DDP's default
+    """Gathered weights in the forward pass's type, and reduced gradients in float32."""
+    micro_batches = batch.gradient_accumulation
+    whole = float(FLOAT * shape.total)
+    if layout.strategy == "ddp":
+        buckets = math.ceil(whole / DDP_BUCKET)
         return [_split("gradients", "all_reduce", whole, buckets, world, "backward")]
-    if strategy in ("fsdp", "hsdp"):
-        inner, outer = world, None
-        if strategy == "hsdp":
-            size = config.sharding.shard_size or per_node
-            inner = group_of(size, per_node)
-            outer = Ranks(world.size // size, math.ceil(world.nodes / inner.nodes))
-        units = sum(len(part.units) for part in (shape.stem, *shape.blocks, shape.top))
-        found = [
-            _split("sharding", "all_gather", whole, units, inner, "forward", micro_batches),
-            _split("gradients", "reduce_scatter", whole, units, inner, "backward", micro_batches),
-        ]
-        if config.sharding.reshard_after_forward:
-            found.append(
-                _split("sharding", "all_gather", whole, units, inner, "backward", micro_batches)
-            )
-        if outer:
-            part = whole / inner.size
-            found.append(
-                _split("gradients", "all_reduce", part, units, outer, "backward", micro_batches)
-            )
-        return found
-    return _zero_weights(shape, whole, world, micro_batches, zero)
+    if not layout.by_unit:
+        return _zero_weights(shape, layout, world, batch, recomputed)
+    inner, outer = world, None
+    if layout.strategy == "hsdp":
+        inner = group_of(layout.shards, layout.gpus_per_node)
+        outer = Ranks(world.size // layout.shards, math.ceil(world.nodes / inner.nodes))
+    sizes = [
+        unit
+        for part in (shape.stem, *shape.blocks, shape.top)
+        for unit in part.unit_bytes(layout.sent_low)
+    ]
+    gathered, units = float(sum(sizes)), len(sizes)
+    found = [
+        _split("sharding", "all_gather", gathered, units, inner, "forward", micro_batches),
+        _split("gradients", "reduce_scatter", whole, units, inner, "backward", micro_batches),
+    ]
+    if layout.reshard_after_forward:
+        found.append(
+            _split("sharding", "all_gather", gathered, units, inner, "backward", micro_batches)
+        )
+    if outer:
+        part = whole / inner.size
+        found.append(
+            _split("gradients", "all_reduce", part, units, outer, "backward", micro_batches)
+        )
+    return found
 
 
 def _zero_weights(
-    shape: Shape, whole: float, world: Ranks, micro_batches: int, zero: Mapping[str, Any]
+    shape: Shape, layout: Layout, world: Ranks, batch: Batch, recomputed: frozenset[int]
 ) -> list[Message]:
-    stage = int(zero.get("stage", 0))
-    bucket = FLOAT * int(zero.get("reduce_bucket_size", 500_000_000))
-    buckets = math.ceil(whole / bucket)
-    hidden: When = "backward" if zero.get("overlap_comm") else "waiting"
-    if stage == 0:
+    whole, zero = float(FLOAT * shape.total), layout.zero
+    micro_batches = batch.gradient_accumulation
+    buckets = math.ceil(whole / (FLOAT * zero.bucket))
+    hidden: When = "backward" if zero.overlap else "waiting"
+    if zero.stage == 0:
         return [_split("gradients", "all_reduce", whole, buckets, world, "waiting")]
-    if stage < 3:
-        times = micro_batches if stage == 2 else 1
-        # DeepSpeed all-reduces a bucket that is several ranks' (use_multi_rank_bucket_allreduce).
+    if zero.stage < 3:
+        times = micro_batches if zero.stage == 2 else 1
+        groups = math.ceil(shape.total / MOST_JOINED)
+        # A bucket that belongs to several ranks is all-reduced (use_multi_rank_bucket_allreduce).
         return [
             _split("gradients", "all_reduce", whole, buckets, world, hidden, times),
-            # What the optimizer has stepped, group by group, and a group is a tensor.
-            _split("sharding", "all_gather", whole, len(shape.tensors), world, "waiting"),
+            # The stepped parameters, group by group of joined tensors.
+            _split("sharding", "all_gather", whole, groups, world, "waiting"),
         ]
-    small = int(zero.get("stage3_param_persistence_threshold", 0))
-    shared = float(FLOAT * sum(size for size in shape.tensors if size > small))
-    fetches = max(1, sum(size > small for size in shape.tensors))
-    found = [
-        _split("gradients", "reduce_scatter", whole, buckets, world, hidden, micro_batches),
-        _split("sharding", "all_gather", shared, fetches, world, "forward", micro_batches),
-        _split("sharding", "all_gather", whole - shared, 1, world, "waiting"),
+    cut = [
+        (size, layout.sent_low if low else FLOAT)
+        for size, low in zip(shape.tensors, shape.low_tensors, strict=True)
+        if size > zero.persistent
     ]
-    if shared > FLOAT * int(zero.get("stage3_max_live_parameters", 1_000_000_000)):
-        found.append(
-            _split("sharding", "all_gather", shared, fetches, world, "backward", micro_batches)
-        )
-    return found
+    shared, fetches = float(sum(size * width for size, width in cut)), max(1, len(cut))
+    kept = float(FLOAT * (shape.total - sum(size for size, _ in cut)))
+    forward, backward = _gathers(shape, zero, len(batch.crop_sizes), recomputed)
+    return [
+        _split("gradients", "reduce_scatter", whole, buckets, world, hidden, micro_batches),
+        _split(
+            "sharding", "all_gather", forward * shared, fetches, world, "forward", micro_batches
+        ),
+        _split("sharding", "all_gather", kept, 1, world, "waiting"),
+        _split(
+            "sharding", "all_gather", backward * shared, fetches, world, "backward", micro_batches
+        ),
+    ]
+
+
+def _gathers(
+    shape: Shape, zero: Zero, resolutions: int, recomputed: frozenset[int]
+) -> tuple[float, float]:
+    """How often stage 3 gathers the model in the forward and the backward pass.
+
+    See `parallel/zero_limits.py`: a block above the reuse distance is gathered once per resolution.
+    What is used last in the forward pass stays for the backward pass.
+    """
+    forward = backward = float(shape.stem.whole + shape.top.whole)
+    for index, block in enumerate(shape.blocks):
+        times = 1 if block.whole <= zero.reuse else resolutions
+        again = 0 if index not in recomputed or 2 * block.whole <= zero.reuse else times
+        forward += times * block.whole
+        backward += (1 + again) * block.whole
+    backward -= min(zero.reuse / 2, shape.total)
+    return forward / shape.total, backward / shape.total
 
 
 def _split(
     kind: str, op: Op, size: float, pieces: int, ranks: Ranks, when: When, times: int = 1
 ) -> Message:
+    """Collectives that share `size` bytes in equal `pieces`, `times` a step."""
     return Message(kind, op, size / pieces, pieces * times, ranks, when)
 
 
-def _batch_norm(shape: Shape, config: RunConfig, world: Ranks, per_node: int) -> list[Message]:
+def _batch_norm(shape: Shape, layout: Layout, batch: Batch) -> list[Message]:
     """Mean, variance and count forward in float64, two sums backward in float32, per resolution."""
-    size = config.sharding.sync_bn_group_size
-    ranks = group_of({0: world.size, -1: per_node}.get(size, size), per_node)
+    ranks = group_of(layout.group_ranks(layout.sync_bn_group_size), layout.gpus_per_node)
     in_trunk, in_head = shape.norms
-    times = config.train.gradient_accumulation
-    resolutions = len(config.data.crop_sizes)
-    found = []
-    for channels, each in ((in_trunk, resolutions), (in_head, 1)):
-        for count in channels:
+    found: list[Message] = []
+    for norms, passes in ((in_trunk, len(batch.crop_sizes)), (in_head, 1)):
+        times = batch.gradient_accumulation * passes
+        for channels in norms:
             found += [
-                Message("sync_batch_norm", "all_reduce", DOUBLE * (2 * count + 1), times * each,
-                        ranks, "waiting"),
-                Message("sync_batch_norm", "all_reduce", FLOAT * 2 * count, times * each,
-                        ranks, "waiting"),
-            ]  # fmt: skip
+                Message("sync_batch_norm", "all_reduce", size, times, ranks, "waiting")
+                for size in (DOUBLE * (2 * channels + 1), FLOAT * 2 * channels)
+            ]
     return found
 
 
-def _objective(config: RunConfig, world: Ranks) -> list[Message]:
-    """Row sums of the prototypes: one per iteration and a maximum, for both crops with codes."""
-    options = config.objective.options
-    if config.objective.name != "swav":
-        return []
-    iterations = int(options.get("sinkhorn_iterations", 3))
-    assigned = len(options.get("assign_crops", (0, 1)))
-    count = config.train.gradient_accumulation * (iterations + 1)
-    size = FLOAT * config.model.prototypes * assigned  # the crops' vectors travel together
-    return [Message("sinkhorn", "all_reduce", size, count, world, "waiting")]
-
-
-def _norms(
-    shape: Shape, config: RunConfig, world: Ranks, per_node: int, zero: Mapping[str, Any]
-) -> list[Message]:
-    """LARC's squared norms of all tensors, and of the prototypes' rows; float64, if sharded."""
-    strategy = config.sharding.strategy
-    if strategy == "ddp" or (strategy == "zero" and int(zero.get("stage", 0)) == 0):
+def _norms(shape: Shape, layout: Layout, world: Ranks, prototypes: int) -> list[Message]:
+    """LARC's squared norms of all tensors and of the prototypes' rows, in float64, if sharded."""
+    if not layout.is_sharded:
         return []
     ranks = world
-    if strategy == "hsdp":
-        ranks = group_of(config.sharding.shard_size or per_node, per_node)
+    if layout.strategy == "hsdp":
+        ranks = group_of(layout.shards, layout.gpus_per_node)
     return [
         Message("optimizer", "all_reduce", DOUBLE * 2 * len(shape.tensors), 1, ranks, "waiting"),
-        Message("optimizer", "all_reduce", DOUBLE * config.model.prototypes, 1, ranks, "waiting"),
+        Message("optimizer", "all_reduce", DOUBLE * prototypes, 1, ranks, "waiting"),
     ]
 
 
 def group_of(size: int, per_node: int) -> Ranks:
-    """A group of consecutive ranks; others like it work beside it."""
+    """A group of `size` consecutive ranks, with `per_node` ranks on each machine."""
     return Ranks(size, math.ceil(size / per_node))
 
 

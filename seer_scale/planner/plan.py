@@ -1,29 +1,36 @@
-"""Plans a run before it is paid for: memory, traffic, time and cost of a configuration."""
+"""Plans a run before you pay for it: memory, traffic, time and cost of a configuration.
+
+This module alone of the planner knows the configuration of a run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
+from seer_scale.config import RunConfig, schema
 from seer_scale.config import recipe as recipes
-from seer_scale.config import schema
-from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
-from seer_scale.config.run_config import ModelSection, RunConfig
+from seer_scale.config.completion import divisors_of
+from seer_scale.config.ds_config import ds_config_of, offload_device
+from seer_scale.config.sharding_section import ShardingSection
 from seer_scale.config.shipped import RECIPES
-from seer_scale.errors import ConfigError
-from seer_scale.models import MultiCropModel, build_model
+from seer_scale.config.training_sections import ModelSection, ObjectiveSection
+from seer_scale.errors import ConfigError, did_you_mean
 from seer_scale.models.regnet import trunk_config
-from seer_scale.parallel.activation_budget import fewest_recomputed, least_budget
-from seer_scale.parallel.activation_profile import ActivationProfile, profile_activations
-from seer_scale.parallel.compatibility import check_sharding
+from seer_scale.optim.options import OptimizerOptions
+from seer_scale.parallel.activation_profile import ActivationProfile
+from seer_scale.parallel.compatibility import check_sharding, check_skips, steps_one_by_one
+from seer_scale.parallel.options import ShardingOptions
+from seer_scale.parallel.precision import gathered_as, held_as
+from seer_scale.parallel.zero_limits import with_limits
 from seer_scale.performance.flops import count_flops
 from seer_scale.performance.hardware import Hardware, load_hardware
-from seer_scale.performance.shape import Shape, regions, shape_of
+from seer_scale.performance.profiler import check_ranks
+from seer_scale.performance.shape import FLOAT
 from seer_scale.planner.communication import bytes_by_kind, messages
-from seer_scale.planner.memory import GIB, memory_of
+from seer_scale.planner.job import Batch, Layout, Sinkhorn, Zero
+from seer_scale.planner.memory import memory_of
+from seer_scale.planner.model import Model, profile_of, recomputed_regions, shape_of
 from seer_scale.planner.planned import Plan
 from seer_scale.planner.step_time import step_time
 
@@ -42,20 +49,22 @@ def plan(
     gpus_per_node: int,
     strategy: str | None = None,
     overrides: Sequence[str] = (),
-    images: float | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    images: int | None = None,
     profile: ActivationProfile | None = None,
 ) -> Plan:
-    """Plans a run; seconds on a laptop, for RG-10B on thousands of GPUs too.
+    """Plans a run; takes seconds on a laptop, also for RG-10B on thousands of GPUs.
 
     Args:
-        recipe: its name, the path of a file, or a resolved configuration.
-        hardware: the name of a profile, or one.
-        nodes: machines.
-        gpus_per_node: ranks of each.
-        strategy: of `STRATEGIES`; the recipe's own unless given.
-        overrides: `section.key=value`, for a recipe by name.
-        images: of the whole run; the recipe's steps at this world's batch unless given.
-        profile: of a micro-batch's activations, if the caller knows it.
+        recipe: name of a recipe, path of a recipe file, or a resolved configuration.
+        hardware: name of a hardware profile, path of one, or the profile itself.
+        nodes: number of machines.
+        gpus_per_node: ranks on each machine.
+        strategy: a key of `STRATEGIES`; None means the strategy of the recipe.
+        overrides: `section.key=value` texts, for a recipe by name or path.
+        changes: section -> key -> value, for a resolved configuration.
+        images: images of the whole run, in place of the recipe's `train.images`.
+        profile: activations of a micro-batch, if the caller knows them.
 
     Raises:
         ConfigError: an unknown name or key, or a combination that cannot be trained.
@@ -64,194 +73,226 @@ def plan(
         if count < 1:
             raise ConfigError(f"{name} is {count}, but must be an integer > 0")
     known = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
-    config, arguments = _configure(recipe, strategy, overrides)
-    world = nodes * gpus_per_node
-    zero = _zero_of(config, world)
-    _check(config, known, zero, world=world, per_node=gpus_per_node)
+    ranks = nodes * gpus_per_node
+    if images is not None:
+        overrides = (*overrides, f"train.images={images}")
+    config, arguments, notes = _configure(recipe, strategy, overrides, changes or {}, ranks)
+    ds_config = ds_config_of(config, ranks) or {}
+    _check(config, known, ds_config, nodes=nodes, gpus_per_node=gpus_per_node)
     peak = known.peak(config.train.precision)  # refuses a precision that the hardware lacks
     assert peak > 0
-    shape = shape_of(config.model, config.sharding.unit_parameters)
-    profile = profile or profile_of(config, config.train.micro_batch_size)
-    again = _regions(config, shape, profile)
+    batch = _batch_of(config)
+    model = _model_of(config.model)
+    shape = shape_of(model, config.sharding.unit_parameters)
+    zero = with_limits(
+        ds_config.get("zero_optimization", {}), max(block.whole for block in shape.blocks)
+    )
+    layout = _layout_of(config.sharding, batch, zero, nodes, gpus_per_node)
+    profile = profile or profile_of(model, batch, batch.micro_batch_size, layout.strategy)
+    again = recomputed_regions(
+        shape,
+        profile,
+        config.sharding.activation_checkpointing,
+        groups=config.sharding.checkpoint_groups,
+        budget_gib=config.sharding.activation_budget,
+    )
     recomputed = frozenset(block for region in again for block in region)
-    trunk = trunk_config(config.model.trunk)
+    trunk = trunk_config(model.trunk)
     flops = count_flops(
         trunk,
-        crop_sizes=config.data.crop_sizes,
-        crop_counts=config.data.crop_counts,
-        head_dims=config.model.head_dims,
-        prototypes=config.model.prototypes,
+        crop_sizes=batch.crop_sizes,
+        crop_counts=batch.crop_counts,
+        head_dims=model.head_dims,
+        prototypes=model.prototypes,
         recomputed=recomputed,
     )
-    section = zero.get("zero_optimization", {})
-    shards = _shards(config, world, gpus_per_node)
     memory = memory_of(
         shape,
         profile,
         again,
-        config,
-        shards=shards,
-        world=world,
-        zero=section,
+        layout,
+        gradient_accumulation=config.train.gradient_accumulation,
+        momentum_on_host=config.optim.momentum_on_host,
+        fuse_backward=config.optim.fuse_backward,
         on_touch=known.on_touch,
     )
-    found = messages(shape, config, nodes=nodes, gpus_per_node=gpus_per_node, zero=section)
-    whole = shards == 1 or (config.sharding.strategy == "zero" and section.get("stage") == 0)
+    found = messages(
+        shape,
+        layout,
+        batch,
+        prototypes=model.prototypes,
+        sinkhorn=_sinkhorn_of(config.objective),
+        recomputed=recomputed,
+    )
     time = step_time(
         trunk,
         flops,
-        config,
+        batch,
         known,
         found,
         recomputed=recomputed,
-        held_parameters=shape.total / (1 if whole else shards),
+        held_parameters=shape.total / (layout.shards if layout.is_sharded else 1),
     )
-    train = config.train
-    batch = train.micro_batch_size * train.gradient_accumulation * world
     return Plan(
-        config,
+        config.recipe,
         arguments,
         known,
         hardware if isinstance(hardware, str) else hardware.name,
-        _name_of(config, section),
-        nodes,
-        gpus_per_node,
-        images or train.steps * batch,
+        layout,
+        batch,
+        model,
+        config.sharding.activation_checkpointing,
+        config.sharding.checkpoint_groups,
+        config.train.images,
+        config.train.steps,
         shape,
         recomputed,
         flops,
         memory,
         bytes_by_kind(found),
         time,
-    )
-
-
-def profile_of(config: RunConfig, micro_batch_size: int) -> ActivationProfile:
-    """The activations of a micro-batch of so many images, remembered."""
-    data = config.data
-    crops = tuple(
-        (count * micro_batch_size, size)
-        for count, size in zip(data.crop_counts, data.crop_sizes, strict=True)
-    )
-    return _profile(config.model, crops, config.train.precision)
-
-
-@cache
-def _profile(
-    model: ModelSection, crops: tuple[tuple[int, int], ...], precision: str
-) -> ActivationProfile:
-    return profile_activations(partial(_build, model), crops, precision)
-
-
-def _build(model: ModelSection, device: torch.device) -> MultiCropModel:
-    return build_model(
-        model.trunk,
-        head_dims=model.head_dims,
-        head_batch_norm=model.head_batch_norm,
-        prototypes=model.prototypes,
-        device=device,
+        notes,
     )
 
 
 def _configure(
-    recipe: str | RunConfig, strategy: str | None, overrides: Sequence[str]
-) -> tuple[RunConfig, tuple[str, ...]]:
+    recipe: str | RunConfig,
+    strategy: str | None,
+    overrides: Sequence[str],
+    changes: Mapping[str, Mapping[str, Any]],
+    ranks: int,
+) -> tuple[RunConfig, tuple[str, ...], tuple[str, ...]]:
+    """The configuration, the arguments of `seer-scale pretrain` that give it, and its notes."""
     if strategy is not None and strategy not in STRATEGIES:
         raise ConfigError(
-            f"there is no strategy {strategy!r}{schema.did_you_mean(strategy, STRATEGIES) or ':'} "
+            f"there is no strategy {strategy!r}{did_you_mean(strategy, STRATEGIES) or ':'} "
             f"the planner knows {', '.join(STRATEGIES)}"
         )
     more = STRATEGIES[strategy] if strategy else ()
     if isinstance(recipe, str):
+        if changes:
+            raise ConfigError("changes go with a resolved configuration: give overrides instead")
         arguments = ("--recipe", recipe, *more, *overrides)
-        return recipes.parse(arguments, recipes=RECIPES).config, arguments
+        parsed = recipes.parse(arguments, recipes=RECIPES, ranks=ranks)
+        return parsed.config, arguments, parsed.notes
     if overrides:
-        raise ConfigError("overrides go with a recipe's name: a RunConfig is resolved already")
-    if not more:
-        return recipe, ("--recipe", recipe.recipe)
+        raise ConfigError("overrides go with the name of a recipe: give changes instead")
+    if not (more or changes):
+        return recipe, ("--recipe", recipe.recipe), ()
     values = recipe.model_dump()
-    own, path = values["sharding"]["strategy"], None
-    if more[0] == "--deepspeed_config":
-        own, path = "zero", more[1]
-    else:
-        own = str(strategy)
-    values["sharding"] |= {"strategy": own, "deepspeed_config": path}
+    for section, keys in changes.items():
+        values[section] |= keys
+    if strategy:
+        path = more[1] if more[0] == "--deepspeed_config" else None
+        values["sharding"] |= {"strategy": "zero" if path else strategy, "deepspeed_config": path}
     config = schema.validate(values, sources={}, recipe=recipe.recipe)
-    return config, ("--recipe", recipe.recipe, *more)
-
-
-def _zero_of(config: RunConfig, world: int) -> dict[str, Any]:
-    """The resolved DeepSpeed configuration, or nothing."""
-    path = config.sharding.deepspeed_config
-    if path is None:
-        return {}
-    return resolve_ds_config(load_ds_config(path), path=path, config=config, world_size=world)
+    return config, ("--recipe", recipe.recipe, *more), ()
 
 
 def _check(
-    config: RunConfig, hardware: Hardware, zero: dict[str, Any], *, world: int, per_node: int
+    config: RunConfig,
+    hardware: Hardware,
+    ds_config: dict[str, Any],
+    *,
+    nodes: int,
+    gpus_per_node: int,
 ) -> None:
-    sharding = config.sharding
+    sharding, world = config.sharding, nodes * gpus_per_node
     if sharding.strategy == "fairscale":
         raise ConfigError(
-            "sharding.strategy is fairscale, which the planner does not know: plan with fsdp, its "
-            "successor in torch"
+            "sharding.strategy is fairscale, which the planner does not know: plan with fsdp, "
+            "FairScale's successor in torch"
         )
     for section in ("offload_optimizer", "offload_param"):
-        device = (zero.get("zero_optimization", {}).get(section) or {}).get("device", "none")
+        device = offload_device(ds_config.get("zero_optimization", {}), section)
         if device != "none":
             raise ConfigError(
                 f"{sharding.deepspeed_config}: zero_optimization.{section}.device is {device}, but "
-                "the planner does not know offload: plan with the file that has none"
+                "the planner does not know offload: plan with the DeepSpeed config of the same "
+                "stage without offload"
             )
-    # Apex has to be there when the run starts, not here.
-    here = config.model_copy(
-        update={
-            "sharding": sharding.model_copy(update={"syncbn": "native"}),
-            "train": config.train.model_copy(
-                update={"precision": config.train.precision.replace("apex-o1", "amp-o1")}
-            ),
-        }
+    optim, train = config.optim, config.train
+    optimizer = OptimizerOptions(
+        fuse_backward=optim.fuse_backward, momentum_on_host=optim.momentum_on_host
     )
-    gpu = hardware.generation != "CPU"
-    check_sharding(here, zero, world_size=world, local_world_size=per_node, cuda=gpu)
+    check_skips(
+        max_nonfinite=train.max_nonfinite,
+        on_spike=train.on_spike,
+        one_by_one=steps_one_by_one(optimizer, ds_config),
+    )
+    if config.profile.steps is not None:
+        check_ranks(config.profile.ranks, world)
+    check_sharding(
+        ShardingOptions(
+            # Apex must be installed where the run starts, not where the run is planned.
+            **{**sharding.model_dump(), "syncbn": "native"},
+            align_channels=config.model.align_channels,
+            compile=train.compile,
+            gradient_accumulation=train.gradient_accumulation,
+        ),
+        optimizer,
+        ds_config,
+        trunk=config.model.trunk,
+        precision=train.precision.replace("apex-o1", "amp-o1"),
+        world_size=world,
+        local_world_size=gpus_per_node,
+        cuda=hardware.generation != "CPU",
+    )
     group = sharding.sync_bn_group_size
     if group > 0 and world % group:
         raise ConfigError(
-            f"sharding.sync_bn_group_size is {group}, which does not divide the {world} ranks: the "
-            "last group would be smaller than the others; set it to a divisor, 0 for all or -1 for "
-            "a node's"
+            f"sharding.sync_bn_group_size is {group}, which does not divide the {world} ranks: "
+            f"the last group would be smaller than the others; set it to {divisors_of(world)}, to "
+            "0 for all ranks or to -1 for the ranks of a node"
         )
 
 
-def _regions(
-    config: RunConfig, shape: Shape, profile: ActivationProfile
-) -> tuple[tuple[int, ...], ...]:
-    sharding = config.sharding
-    chosen: frozenset[int] = frozenset()
-    if sharding.activation_budget is not None:
-        fewest = fewest_recomputed(profile, int(sharding.activation_budget * GIB))
-        if fewest is None:
-            raise ConfigError(
-                f"sharding.activation_checkpointing is {sharding.activation_checkpointing}, but "
-                "the activations of a micro-batch take at least "
-                f"{least_budget(profile) / GIB + 5e-4:.3f} GiB, whatever is recomputed: allow more "
-                "or lower train.micro_batch_size"
-            )
-        chosen = fewest
-    return regions(
-        sharding.activation_checkpointing, shape.depths, sharding.checkpoint_groups, chosen
+def _layout_of(
+    sharding: ShardingSection,
+    batch: Batch,
+    zero: dict[str, Any],
+    nodes: int,
+    gpus_per_node: int,
+) -> Layout:
+    sent, held = (
+        as_type(sharding.strategy, batch.precision, compiled=batch.compiled)
+        for as_type in (gathered_as, held_as)
+    )
+    shards = {"ddp": 1, "hsdp": sharding.shard_size or gpus_per_node}
+    return Layout(
+        sharding.strategy,
+        nodes,
+        gpus_per_node,
+        shards.get(sharding.strategy, nodes * gpus_per_node),
+        sharding.sync_bn_group_size,
+        sharding.reshard_after_forward,
+        sharding.prefetch,
+        Zero.read(zero),
+        sent.itemsize if sent else FLOAT,
+        held.itemsize if held else FLOAT,
     )
 
 
-def _shards(config: RunConfig, world: int, per_node: int) -> int:
-    if config.sharding.strategy == "ddp":
-        return 1
-    if config.sharding.strategy == "hsdp":
-        return config.sharding.shard_size or per_node
-    return world
+def _batch_of(config: RunConfig) -> Batch:
+    train, data = config.train, config.data
+    return Batch(
+        train.micro_batch_size,
+        train.gradient_accumulation,
+        data.crop_sizes,
+        data.crop_counts,
+        train.precision,
+        train.compile,
+    )
 
 
-def _name_of(config: RunConfig, zero: dict[str, Any]) -> str:
-    own = config.sharding.strategy
-    return f"zero{zero['stage']}" if own == "zero" else own
+def _model_of(model: ModelSection) -> Model:
+    return Model(model.trunk, model.head_dims, model.head_batch_norm, model.prototypes)
+
+
+def _sinkhorn_of(objective: ObjectiveSection) -> Sinkhorn | None:
+    if objective.name != "swav":
+        return None
+    options = objective.options
+    return Sinkhorn(
+        int(options.get("sinkhorn_iterations", 3)), len(options.get("assign_crops", (0, 1)))
+    )

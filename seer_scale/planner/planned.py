@@ -1,111 +1,129 @@
-"""A plan: a configuration on hardware with all that it takes, and the same as JSON."""
+"""A plan: memory, traffic, time and cost of a configuration on hardware, also as JSON."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from seer_scale.config import RunConfig
 from seer_scale.errors import ConfigError
 from seer_scale.performance.flops import Flops
 from seer_scale.performance.hardware import Hardware
 from seer_scale.performance.shape import Shape
+from seer_scale.planner.job import Batch, Layout
 from seer_scale.planner.memory import GIB, Memory
+from seer_scale.planner.model import Model
 from seer_scale.planner.step_time import StepTime
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration on hardware, and what it takes.
+    """A configuration on hardware, with its memory, traffic and time.
 
     Attributes:
-        config: the resolved configuration.
-        arguments: of `seer-scale pretrain` that give it.
-        hardware: of a rank.
-        hardware_name: of its profile.
-        strategy: of `STRATEGIES`.
-        nodes: machines.
-        gpus_per_node: ranks of each.
-        images: of the whole run.
-        shape: parameters.
-        recomputed: positions of the blocks whose activations are.
-        flops: per image.
+        recipe: name of the recipe.
+        arguments: arguments of `seer-scale pretrain` that give the configuration.
+        hardware: profile of every rank's device.
+        hardware_name: name of the profile.
+        layout: ranks and sharding.
+        batch: images of a rank in a step.
+        model: trunk, head and prototypes.
+        activation_checkpointing: value of `sharding.activation_checkpointing`.
+        checkpoint_groups: value of `sharding.checkpoint_groups`.
+        images: images of the whole run.
+        steps: optimizer steps of the whole run.
+        shape: parameters of the model.
+        recomputed: positions of the recomputed blocks.
+        flops: operations per image.
         memory: bytes per rank.
-        bytes_per_step: that a rank sends, by kind.
-        time: of a step.
+        bytes_per_step: bytes that a rank sends in a step, by kind.
+        time: seconds of a step.
+        notes: what the number of ranks cannot keep of the recipe, one line each.
     """
 
-    config: RunConfig
+    recipe: str
     arguments: tuple[str, ...]
     hardware: Hardware
     hardware_name: str
-    strategy: str
-    nodes: int
-    gpus_per_node: int
-    images: float
+    layout: Layout
+    batch: Batch
+    model: Model
+    activation_checkpointing: str
+    checkpoint_groups: tuple[tuple[int, ...], ...] | None
+    images: int
+    steps: int
     shape: Shape
     recomputed: frozenset[int]
     flops: Flops
     memory: Memory
     bytes_per_step: dict[str, float]
     time: StepTime
+    notes: tuple[str, ...]
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy in `planner.plan.STRATEGIES`."""
+        return self.layout.name
 
     @property
     def world(self) -> int:
-        """Ranks."""
-        return self.nodes * self.gpus_per_node
+        """Number of ranks."""
+        return self.layout.world
 
     @property
     def global_batch(self) -> int:
-        """Images of a step."""
-        train = self.config.train
-        return train.micro_batch_size * train.gradient_accumulation * self.world
+        """Images of all ranks in a step."""
+        return self.batch.images * self.world
 
     @property
     def fits(self) -> bool:
-        """Whether a rank has the memory."""
+        """Whether the memory of a rank is enough."""
         return self.missing_gib <= 0
 
     @property
     def missing_gib(self) -> float:
-        """GiB that a rank has too few; negative where there is room."""
+        """GiB that a rank lacks; negative if there is room."""
         return self.memory.total / GIB - self.hardware.usable_gib
 
     @property
     def images_per_second(self) -> float:
-        """Of all ranks together."""
+        """Images per second of all ranks together."""
         return self.global_batch / self.time.total
 
     @property
     def mfu(self) -> float:
-        """Share of all peaks that the model's own operations use; recomputation is no use."""
-        peak = self.hardware.peak(self.config.train.precision) * self.world
+        """Model FLOPs utilisation, a share of 1 (PaLM, arXiv 2204.02311, appendix B).
+
+        Operations of the forward and backward pass per second over the peak of all ranks;
+        recomputation does not count.
+        """
+        peak = self.hardware.peak(self.batch.precision) * self.world
         return self.images_per_second * self.flops.training / peak
 
     @property
     def days(self) -> float:
-        """For all images."""
+        """Days of training for all images of the run."""
         return self.images / self.images_per_second / 86_400
 
     @property
     def command(self) -> str:
-        """That starts the run."""
-        return f"{_launcher(self)} launch/pretrain.py {' '.join(self.arguments)}"
+        """Shell command that starts the run."""
+        return f"{_launcher(self)} launch/pretrain.py {shlex.join(self.arguments)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The plan as a JSON object, as `seer-scale plan --json` writes it."""
         return {
-            "recipe": self.config.recipe,
+            "recipe": self.recipe,
             "hardware": self.hardware_name,
-            "nodes": self.nodes,
-            "gpus_per_node": self.gpus_per_node,
+            "nodes": self.layout.nodes,
+            "gpus_per_node": self.layout.gpus_per_node,
             "strategy": self.strategy,
-            "activation_checkpointing": self.config.sharding.activation_checkpointing,
-            "micro_batch_size": self.config.train.micro_batch_size,
-            "sync_bn_group_size": self.config.sharding.sync_bn_group_size,
-            "precision": self.config.train.precision,
+            "activation_checkpointing": self.activation_checkpointing,
+            "micro_batch_size": self.batch.micro_batch_size,
+            "sync_bn_group_size": self.layout.sync_bn_group_size,
+            "precision": self.batch.precision,
             "global_batch": self.global_batch,
             "parameters": {
                 "trunk": self.shape.trunk,
@@ -138,23 +156,27 @@ class Plan:
             "days": self.days,
             "gpu_hours": self.days * 24 * self.world,
             "command": self.command,
+            "gradient_accumulation": self.batch.gradient_accumulation,
+            "steps": self.steps,
+            "notes": list(self.notes),
         }
 
 
 def _launcher(plan: Plan) -> str:
-    many = plan.nodes > 1
+    nodes, per_node = plan.layout.nodes, plan.layout.gpus_per_node
+    many = nodes > 1
     if plan.strategy.startswith("zero"):
-        where = f"--hostfile hostfile --num_nodes {plan.nodes} " if many else ""
-        return f"deepspeed {where}--num_gpus {plan.gpus_per_node}"
+        where = f"--hostfile hostfile --num_nodes {nodes} " if many else ""
+        return f"deepspeed {where}--num_gpus {per_node}"
     where = " --rdzv_backend c10d --rdzv_endpoint HOST:29500" if many else ""
-    return f"torchrun --nnodes {plan.nodes} --nproc_per_node {plan.gpus_per_node}{where}"
+    return f"torchrun --nnodes {nodes} --nproc_per_node {per_node}{where}"
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """One file, readable.
+    """Writes a JSON file that people can read.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if the file cannot be written.
     """
     try:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The configurations of a run that fit a machine, the fastest first."""
+"""Search for the configurations of a run that fit a machine, the fastest first."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from dataclasses import dataclass
 from seer_scale.errors import ConfigError
 from seer_scale.parallel.activation_profile import ActivationProfile, BlockProfile, Cost
 from seer_scale.performance.hardware import Hardware, load_hardware
-from seer_scale.planner.plan import STRATEGIES, plan, profile_of
+from seer_scale.planner.model import profile_of
+from seer_scale.planner.plan import STRATEGIES, plan
 from seer_scale.planner.planned import Plan
 
-# No SwAV run with more images per step is published.
-LARGEST_BATCH = 16_384
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 KEYS = {
     "checkpointing": "sharding.activation_checkpointing",
     "groups": "sharding.checkpoint_groups",
     "micro": "train.micro_batch_size",
-    "steps": "train.steps",
+    "passes": "train.gradient_accumulation",
     "sync": "sharding.sync_bn_group_size",
 }
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has seen.
+    """The result of a search.
 
     Attributes:
         fitting: plans that fit, the fastest first.
-        tried: how many there were.
-        nearest: the plan that takes least memory.
+        tried: number of configurations that were tried.
+        nearest: the plan that needs least memory.
     """
 
     fitting: list[Plan]
@@ -48,20 +47,23 @@ def search(
     gpus_per_node: int,
     strategy: str | None = None,
     overrides: Sequence[str] = (),
+    images: int | None = None,
 ) -> Found:
     """Tries every strategy x checkpointing x micro-batch x SyncBatchNorm group.
 
-    What `strategy` and `overrides` name stays as it is. The images of the run stay the recipe's at
-    its own micro-batch, so `train.steps` follows the batch. Activations are profiled at two
-    micro-batches and taken as linear between them, which is never too few.
+    Settings that `strategy` and `overrides` name stay as they are. Every configuration trains the
+    same: images of the run and of a step stay, and accumulation follows the micro-batch.
+    Activations are profiled at the smallest and the largest micro-batch and interpolated linearly,
+    which never gives too few.
 
     Args:
-        recipe: its name, or the path of a file.
-        hardware: the name of a profile, or one.
-        nodes: machines.
-        gpus_per_node: ranks of each.
-        strategy: of `STRATEGIES`; all unless given.
-        overrides: `section.key=value`.
+        recipe: name of a recipe, or path of a recipe file.
+        hardware: name of a hardware profile, path of one, or the profile itself.
+        nodes: number of machines.
+        gpus_per_node: ranks on each machine.
+        strategy: a key of `STRATEGIES`; None tries all of them.
+        overrides: `section.key=value` texts.
+        images: images of the whole run, in place of the recipe's.
 
     Raises:
         ConfigError: if the recipe itself cannot be planned there.
@@ -74,16 +76,17 @@ def search(
         gpus_per_node=gpus_per_node,
         strategy=strategy,
         overrides=overrides,
+        images=images,
     )
     fixed = dict(override.split("=", 1) for override in overrides)
     choices = list(_choices(own, fixed, strategy))
     micros = sorted({micro for _, _, micro, _ in choices})
-    low, high = profile_of(own.config, micros[0]), profile_of(own.config, micros[-1])
     fitting: list[Plan] = []
     nearest: Plan | None = None
     for name, mode, micro, group in choices:
-        values = {**fixed, **_values(own, mode, micro, group, fixed)}
+        values = {**fixed, **_values(own, mode, micro, group)}
         share = (micro - micros[0]) / max(1, micros[-1] - micros[0])
+        low, high = (profile_of(own.model, own.batch, m, name) for m in (micros[0], micros[-1]))
         try:
             found = plan(
                 recipe,
@@ -92,7 +95,7 @@ def search(
                 gpus_per_node=gpus_per_node,
                 strategy=name,
                 overrides=[f"{key}={value}" for key, value in values.items()],
-                images=own.images,
+                images=images,
                 profile=_between(low, high, share),
             )
         except ConfigError:  # this combination cannot be trained
@@ -113,7 +116,11 @@ def nodes_needed(
     strategy: str | None,
     overrides: Sequence[str],
 ) -> Plan | None:
-    """The same configuration on the fewest nodes (a power of two) that it fits, if any does."""
+    """Plans the same configuration on the fewest nodes, a power of two up to 2048, that fit.
+
+    Returns:
+        The plan; None if the configuration does not fit on any number of nodes.
+    """
     for nodes in (2**power for power in range(12)):
         try:
             found = plan(
@@ -134,49 +141,47 @@ def nodes_needed(
 def _choices(
     own: Plan, fixed: dict[str, str], strategy: str | None
 ) -> Iterator[tuple[str, str, int, int]]:
-    """Strategy, checkpointing, micro-batch, SyncBatchNorm group."""
-    sharding, train = own.config.sharding, own.config.train
+    """Combinations of strategy, checkpointing, micro-batch and SyncBatchNorm group."""
+    layout, batch = own.layout, own.batch
     names: Sequence[str] = [strategy] if strategy else list(STRATEGIES)
     if not strategy and fixed.keys() & {"sharding.strategy", "sharding.deepspeed_config"}:
         names = [own.strategy]
-    modes: Sequence[str] = list(dict.fromkeys([sharding.activation_checkpointing, "none", "full"]))
+    modes: Sequence[str] = list(dict.fromkeys([own.activation_checkpointing, "none", "full"]))
     if fixed.keys() & {KEYS["checkpointing"], KEYS["groups"]}:
-        modes = [sharding.activation_checkpointing]
-    per_step = train.gradient_accumulation * own.world
-    micros: Sequence[int] = sorted(
-        {train.micro_batch_size, *[m for m in MICRO_BATCHES if m * per_step <= LARGEST_BATCH]}
-    )
-    if KEYS["micro"] in fixed:
-        micros = [train.micro_batch_size]
-    by_ranks: dict[int, int] = {}  # the recipe's way of saying a size goes first
-    for size in (sharding.sync_bn_group_size, 0, own.gpus_per_node, 64):
-        ranks = {0: own.world, -1: own.gpus_per_node}.get(size, size)
+        modes = [own.activation_checkpointing]
+    micros: Sequence[int] = [batch.micro_batch_size]
+    if not fixed.keys() & {KEYS["micro"], KEYS["passes"]}:
+        even = [size for size in MICRO_BATCHES if batch.images % size == 0]
+        micros = sorted({*micros, *even})
+    by_ranks: dict[int, int] = {}  # of values that mean the same group, the recipe's comes first
+    for size in (layout.sync_bn_group_size, 0, layout.gpus_per_node, 64):
+        ranks = layout.group_ranks(size)
         if own.world % ranks == 0:
             by_ranks.setdefault(ranks, size)
     syncs: Sequence[int] = list(by_ranks.values())
     if KEYS["sync"] in fixed:
-        syncs = [sharding.sync_bn_group_size]
+        syncs = [layout.sync_bn_group_size]
     yield from itertools.product(names, modes, micros, syncs)
 
 
-def _values(own: Plan, mode: str, micro: int, group: int, fixed: dict[str, str]) -> dict[str, str]:
-    """Overrides of a choice, where it is not the recipe's own."""
-    config, values = own.config, {}
-    if mode != config.sharding.activation_checkpointing:
+def _values(own: Plan, mode: str, micro: int, group: int) -> dict[str, str]:
+    """Overrides for a choice, where it differs from the recipe."""
+    values = {}
+    if mode != own.activation_checkpointing:
         values[KEYS["checkpointing"]] = mode
-        if config.sharding.checkpoint_groups is not None:
+        if own.checkpoint_groups is not None:
             values[KEYS["groups"]] = "null"
-    if micro != config.train.micro_batch_size:
+    if micro != own.batch.micro_batch_size:
         values[KEYS["micro"]] = str(micro)
-        if KEYS["steps"] not in fixed:
-            batch = micro * config.train.gradient_accumulation * own.world
-            values[KEYS["steps"]] = str(math.ceil(own.images / batch))
-    if group != config.sharding.sync_bn_group_size:
+        values[KEYS["passes"]] = str(own.batch.images // micro)
+    if group != own.layout.sync_bn_group_size:
         values[KEYS["sync"]] = str(group)
     return values
 
 
 def _between(low: ActivationProfile, high: ActivationProfile, share: float) -> ActivationProfile:
+    """Interpolates two profiles; share 0 is `low`, share 1 is `high`."""
+
     def mixed(a: float, b: float) -> int:
         return math.ceil(a + share * (b - a))
 

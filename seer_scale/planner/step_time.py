@@ -1,9 +1,10 @@
-"""The time of a step and its terms.
+"""The seconds of a step, term by term.
 
-Convolutions at `efficiency` x peak; BatchNorm, activations, SE and additions at the speed of
-memory; collectives at that of the links. What is reduced or gathered ahead hides behind the pass
-it runs beside, except for its first or last piece; the others wait. Launching kernels, loading
-images and slow ranks are not in it.
+Convolutions and matrix products run at `efficiency` x peak. BatchNorm, activation functions,
+squeeze-and-excitation (SE) and additions run at the bandwidth of memory, collectives at that of
+the links. Gathering and reducing hide behind the pass that runs at the same time, except for the
+first or last piece; all other collectives are waited for. Kernel launches, loading of images and
+slow ranks are not counted. docs/planner.md says where the constants come from.
 """
 
 from __future__ import annotations
@@ -11,35 +12,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from seer_scale.config import RunConfig
 from seer_scale.models import RegNetConfig
 from seer_scale.performance.flops import Flops, trunk_layers
 from seer_scale.performance.hardware import Hardware
+from seer_scale.performance.shape import FLOAT
 from seer_scale.planner.communication import Message
+from seer_scale.planner.job import Batch
 
-# How often an element of a BatchNorm's input passes through memory. Forward: statistics 1,
+# How often each element of a BatchNorm's input passes through memory. Forward: statistics 1,
 # normalisation 2, ReLU, SE's product or the residual sum 3. Backward: sums 2, gradient 3, the
-# group's correction 3, of ReLU, SE or the sum 3.
+# group's correction 3, ReLU, SE or the residual sum 3.
 FORWARD_PASSES, BACKWARD_PASSES = 6, 11
-# Of an optimizer step, in float32: norms 2, update 3, decay 3, momentum 3, weights 3.
+# The same for an optimizer step in float32: norms 2, update 3, decay 3, momentum 3, weights 3.
 OPTIMIZER_PASSES = 14
-FLOAT, HALF = 4, 2
+HALF = 2  # bytes of a float16 or bfloat16
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step; the sum is the step's.
+    """Seconds of a step by term; their sum is the time of the step.
 
     Attributes:
-        forward: convolutions and matrix products.
-        backward: the same.
-        recompute: those of the blocks that are recomputed.
-        memory_bound: everything between the convolutions, recomputed too.
-        sync_batch_norm: waiting for statistics.
+        forward: convolutions and matrix products of the forward pass.
+        backward: convolutions and matrix products of the backward pass.
+        recompute: convolutions and matrix products of recomputed blocks.
+        memory_bound: all other layers, in both passes and recomputed.
+        sync_batch_norm: waiting for BatchNorm statistics.
         sharding: gathering weights, as far as no pass hides it.
-        gradients: reducing them, as far as the backward pass does not hide it.
-        sinkhorn: waiting for the sums of codes.
-        optimizer: its traffic and its norms.
+        gradients: reducing gradients, as far as the backward pass does not hide it.
+        sinkhorn: waiting for the sums of SwAV's codes.
+        optimizer: memory traffic of the update, and waiting for LARC's norms.
     """
 
     forward: float
@@ -54,39 +56,38 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """Sum of all terms in seconds."""
         return float(sum(asdict(self).values()))
 
 
 def step_time(
     trunk: RegNetConfig,
     flops: Flops,
-    config: RunConfig,
+    batch: Batch,
     hardware: Hardware,
     found: Sequence[Message],
     *,
     recomputed: frozenset[int],
     held_parameters: float,
 ) -> StepTime:
-    """Seconds of a step.
+    """Computes the seconds of a step.
 
     Args:
-        trunk: of the model.
-        flops: per image.
-        config: of the run.
-        hardware: of every rank.
+        trunk: configuration of the trunk.
+        flops: operations per image.
+        batch: images of a rank.
+        hardware: profile of every rank.
         found: messages of a step.
-        recomputed: positions of the blocks that are recomputed.
-        held_parameters: elements that the rank's optimizer steps.
+        recomputed: positions of the recomputed blocks.
+        held_parameters: number of elements that the rank's optimizer updates.
     """
-    train = config.train
-    images = train.micro_batch_size * train.gradient_accumulation
-    rate = hardware.efficiency * hardware.peak(train.precision)
+    images = batch.images
+    rate = hardware.efficiency * hardware.peak(batch.precision)
     memory = hardware.bandwidth_gb_s.bytes_per_second
     forward = images * flops.forward / rate
     backward = images * (flops.training - flops.forward) / rate
     recompute = images * flops.recompute / rate
-    ahead, behind = (images * n / memory for n in traffic(trunk, config, recomputed))
+    ahead, behind = (images * n / memory for n in traffic(trunk, batch, recomputed))
     waiting = {
         kind: sum(m.seconds(hardware) for m in found if m.kind == kind and m.when == "waiting")
         for kind in ("sharding", "gradients", "sync_batch_norm", "sinkhorn", "optimizer")
@@ -107,13 +108,20 @@ def step_time(
     )
 
 
-def traffic(
-    trunk: RegNetConfig, config: RunConfig, recomputed: frozenset[int]
-) -> tuple[float, float]:
-    """Bytes per image between the convolutions: forward; backward with recomputation."""
-    width = FLOAT if config.train.precision == "fp32" else HALF
+def traffic(trunk: RegNetConfig, batch: Batch, recomputed: frozenset[int]) -> tuple[float, float]:
+    """Bytes per image that pass through memory between the convolutions.
+
+    Args:
+        trunk: configuration of the trunk.
+        batch: images of a rank.
+        recomputed: positions of the recomputed blocks.
+
+    Returns:
+        Bytes of the forward pass; bytes of the backward pass with recomputation.
+    """
+    width = FLOAT if batch.precision == "fp32" else HALF
     forward = backward = 0.0
-    for size, count in zip(config.data.crop_sizes, config.data.crop_counts, strict=True):
+    for size, count in zip(batch.crop_sizes, batch.crop_counts, strict=True):
         for layer in trunk_layers(trunk, size):
             if layer.normalised:
                 again = FORWARD_PASSES if layer.block in recomputed else 0
@@ -125,14 +133,14 @@ def traffic(
 def _exposed(
     found: Sequence[Message], hardware: Hardware, passes: Mapping[str, float]
 ) -> dict[str, float]:
-    """Seconds of what runs beside a pass and is not hidden by it, by kind."""
+    """Seconds, by kind, of messages during a pass that take longer than the pass."""
     exposed = {"sharding": 0.0, "gradients": 0.0}
     for name, computing in passes.items():
         beside = [m for m in found if m.when == name]
         seconds = [m.seconds(hardware) for m in beside]
         if not beside:
             continue
-        # The first gather has nothing to hide behind, nor has the last reduction.
+        # Nothing hides the first gather and the last reduction.
         ends = [s / m.count for s, m in zip(seconds, beside, strict=True)]
         visible = max(sum(seconds) - computing, max(ends))
         for message, its in zip(beside, seconds, strict=True):

@@ -1,8 +1,8 @@
-"""A file written from its beginning to its end, past the page cache where the file system can.
+"""Writes a file from beginning to end, past the page cache if the file system can.
 
-Through the page cache gigabytes go through memory several times more, and push out the images that
-the training reads again. Here all bytes pass through one small buffer, which stays in the
-processor's cache and which the disk takes them from.
+The page cache would move gigabytes through memory several times more, and evict the images that the
+training reads again. Here all bytes pass through one small buffer, which stays in the processor's
+cache and from which the disk reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
 class DiskWriter:
-    """Writes a file; what was there is replaced. Whole once `finish` has returned.
+    """Writes a file and replaces an older one; the file is whole once `finish` has returned.
 
     Raises:
         OSError: from any method, if the disk is full or does not write.
@@ -42,7 +42,7 @@ class DiskWriter:
         self._filled = 0
 
     def room(self) -> NDArray[np.uint8]:
-        """The memory where the file's next bytes go, at least one; then say how many: `advance`."""
+        """Memory for the next bytes of the file, at least one; `advance` then takes them in."""
         return self._buffer[self._filled :]
 
     def advance(self, count: int) -> None:
@@ -62,10 +62,10 @@ class DiskWriter:
             self.advance(len(room))
 
     def finish(self) -> None:
-        """Puts the rest on the disk, and all of it for good."""
+        """Writes the rest, and waits until the disk has everything."""
         whole_blocks = self._filled // BLOCK * BLOCK
         self._put(self._buffer[:whole_blocks])
-        self._through_the_cache()  # the end of a file is no whole block
+        self._through_the_cache()  # the end of a file is not a whole block
         self._put(self._buffer[whole_blocks : self._filled])
         os.fsync(self._descriptor)
 

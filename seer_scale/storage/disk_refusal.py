@@ -1,4 +1,4 @@
-"""A disk that refuses (full, over quota, read-only, somebody else's), as the sentence a user sees.
+"""Refusals of a disk (full, over quota, read-only, no permission) as a sentence for the user.
 
 Whoever writes raises what the system says, and only the command knows what the user typed. The
 system names a file only where it could not be opened: a write that fails says "no space left" and
@@ -25,7 +25,7 @@ HARDLY_ANY = 1 << 20  # bytes: a disk with less may have refused a write
 
 
 def refusal(error: BaseException) -> OSError | None:
-    """The disk's refusal that an exception is, or was raised from; None for any other."""
+    """Finds the disk's refusal in an exception or its causes; None for any other exception."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in ADVICE:
@@ -37,7 +37,7 @@ def refusal(error: BaseException) -> OSError | None:
 
 
 def sentence(error: OSError, argv: Sequence[str]) -> str:
-    """What to tell of a refusal.
+    """Sentence for the user about a refusal.
 
     Args:
         error: see `refusal`.
@@ -48,16 +48,21 @@ def sentence(error: OSError, argv: Sequence[str]) -> str:
     return f"{where} cannot be used ({error.strerror}): {advice}, or name another place"
 
 
+def existing_part(path: Path) -> Path:
+    """Finds the part of a path that exists: itself, or the nearest folder above it."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if os.path.exists(place))
+
+
 def _is_full(error: sqlite3.OperationalError) -> bool:
     # Not there if it was not SQLite that raised.
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def _full(argv: Sequence[str]) -> Iterator[str]:
-    """Words of the command line, and places that it need not name, that lie on a full disk."""
+    """Paths of the command line, and default paths, that lie on a full disk."""
     for label, path in [*_named(argv), *_implied()]:
-        there = next(place for place in (path, *path.parents) if os.path.exists(place))
-        room = os.statvfs(there)
+        room = os.statvfs(existing_part(path))
         # Images that are mounted read-only and the like have nothing free by nature.
         written_to = room.f_blocks and not room.f_flag & os.ST_RDONLY
         if written_to and room.f_bavail * room.f_frsize < HARDLY_ANY:

@@ -1,8 +1,8 @@
-"""Safetensors files, streamed: written tensor by tensor with a checksum, read in any run.
+"""Streams safetensors files: writes tensor by tensor with a checksum, reads any run of elements.
 
-The library's own functions want all tensors in memory at once, and map whole files into memory to
-read them. Billions of parameters have to pass through a few megabytes here. What is written is
-read by any safetensors library, and the other way round.
+The library's own functions need all tensors in memory at once, and map whole files into memory to
+read them. Here billions of parameters pass through a few megabytes. Any safetensors library reads
+these files, and files of any safetensors library are read here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -26,7 +27,7 @@ from seer_scale.storage.disk import DiskWriter
 CHUNK = 4 << 20  # bytes that are read at once
 _LARGEST_HEADER = 100 << 20  # as the format has it
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -38,18 +39,18 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Kind(NamedTuple):
-    """What a tensor is, without its values."""
+    """Type and shape of a tensor, without values."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """What `tensor` is."""
+        """Kind of `tensor`."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
@@ -71,18 +72,18 @@ class Stamp(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: what it is and at which byte it begins."""
+    """A tensor in a file: kind and first byte."""
 
     kind: Kind
     begin: int
 
 
 class Layout(NamedTuple):
-    """How a file's bytes are laid out.
+    """Layout of a file's bytes.
 
     Attributes:
         header: everything before the first tensor.
-        begins: at which byte of the file each tensor begins, in the order of writing.
+        begins: first byte of each tensor in the file, in the order of writing.
         bytes: length of the file.
     """
 
@@ -92,7 +93,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(kinds: Mapping[str, Kind], metadata: Mapping[str, str] | None = None) -> Layout:
-    """The layout of a safetensors file of these tensors."""
+    """Lays out a safetensors file of these tensors."""
     # As the library orders them: a multiple of its own size is where each tensor begins.
     keys = sorted(kinds, key=lambda key: (-kinds[key].dtype.itemsize, key))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -102,7 +103,7 @@ def lay_out(kinds: Mapping[str, Kind], metadata: Mapping[str, str] | None = None
         dtype, shape = kinds[key]
         begins[key], end = end, end + kinds[key].bytes
         offsets = [begins[key], end]
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -120,7 +121,7 @@ def write_tensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> Stamp:
-    """Writes a safetensors file and its way to the disk; one tensor is in memory at a time.
+    """Writes a safetensors file to the disk; one tensor is in memory at a time.
 
     Args:
         path: of the file; what was there is replaced.
@@ -135,7 +136,7 @@ def write_tensors(
 
 
 def from_tensors(kinds: Mapping[str, Kind], read: Callable[[str], Tensor]) -> Fill:
-    """A source of bytes for `stream_tensors` that reads a tensor when its first are asked for."""
+    """Returns a source of bytes for `stream_tensors`, which reads each tensor at its first byte."""
     name: str | None = None
     data = memoryview(b"")
 
@@ -155,7 +156,7 @@ def from_tensors(kinds: Mapping[str, Kind], read: Callable[[str], Tensor]) -> Fi
 def stream_tensors(
     path: Path, kinds: Mapping[str, Kind], fill: Fill, metadata: Mapping[str, str] | None = None
 ) -> Stamp:
-    """Writes a safetensors file of bytes that are asked for in its order, some megabytes at once.
+    """Writes a safetensors file; asks for its bytes in order, some megabytes at a time.
 
     Args:
         path: of the file; what was there is replaced.
@@ -184,12 +185,14 @@ def stream_tensors(
 
 
 def copy_bytes(data: memoryview, start: int, target: NDArray[np.uint8]) -> None:
-    """Copies bytes from `start` on into `target` until it is full; other threads run meanwhile."""
+    """Fills `target` with bytes from `start` on; other threads run meanwhile."""
     np.copyto(target, np.frombuffer(data[start : start + len(target)], dtype=np.uint8))
 
 
 class TensorFile:
-    """Reads a safetensors file in runs of elements; takes no more memory than is asked for.
+    """Reads a safetensors file in runs of elements; needs memory for the run only.
+
+    The file stays open from the first run on, until `close` or the end of this object.
 
     Raises:
         ValueError: if the file does not follow the format.
@@ -200,6 +203,7 @@ class TensorFile:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
+        self._descriptor: int | None = None
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
@@ -208,11 +212,11 @@ class TensorFile:
                 raise ValueError("its header is cut off")
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header is no object")
+            raise ValueError("its header is not an object")
         self.metadata = header.pop("__metadata__", {})
         end = 8 + length
         for key, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            kind = Kind(_DTYPES[fields["dtype"]], tuple(map(int, fields["shape"])))
+            kind = Kind(DTYPES[fields["dtype"]], tuple(map(int, fields["shape"])))
             begin, stop = (8 + length + int(offset) for offset in fields["data_offsets"])
             if begin != end or stop - begin != kind.bytes:
                 raise ValueError(f"the bytes of {key} are not where they should be")
@@ -222,39 +226,52 @@ class TensorFile:
             raise ValueError(f"it is {size} bytes long instead of {end}")
 
     def read(self, key: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Elements `start` to `stop` of a tensor, flat; into `out` [stop - start] if given."""
+        """Reads flat elements `start` to `stop` of a tensor, into `out` [stop - start] if given."""
         (dtype, _), begin = self.entries[key]
         target = torch.empty(stop - start, dtype=dtype) if out is None else out
-        if not read_into(self.path, begin + start * dtype.itemsize, target):
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._closed = weakref.finalize(self, os.close, self._descriptor)
+        if not _fill(self._descriptor, begin + start * dtype.itemsize, target):
             raise OSError(f"{self.path} ends in the middle of {key}")
         return target
 
     def whole(self, key: str) -> Tensor:
-        """A whole tensor."""
+        """Reads a whole tensor."""
         kind = self.entries[key].kind
         return self.read(key, 0, kind.numel).view(kind.shape)
 
+    def close(self) -> None:
+        """Closes the file, which the next run of elements opens again."""
+        if self._descriptor is not None:
+            self._descriptor = None
+            self._closed()
+
 
 def read_into(path: Path, begin: int, target: Tensor) -> bool:
-    """Fills a contiguous tensor on the CPU with a file's bytes from `begin` on; False if it ends.
+    """Fills a contiguous CPU tensor with a file's bytes from `begin` on; False at the file's end.
 
-    Nothing is mapped: such pages would count as the process's own until something needs the memory.
+    Nothing is mapped: mapped pages would count as the process's own memory.
 
     Raises:
         OSError: if the file cannot be read.
     """
-    data = as_bytes(target)
     with path.open("rb", buffering=0) as file:
-        while data:
-            count = os.preadv(file.fileno(), [data[:CHUNK]], begin)
-            if count == 0:
-                return False
-            data, begin = data[count:], begin + count
+        return _fill(file.fileno(), begin, target)
+
+
+def _fill(descriptor: int, begin: int, target: Tensor) -> bool:
+    data = as_bytes(target)
+    while data:
+        count = os.preadv(descriptor, [data[:CHUNK]], begin)
+        if count == 0:
+            return False
+        data, begin = data[count:], begin + count
     return True
 
 
 def stamp(path: Path) -> Stamp:
-    """Length and checksum of a file, read once.
+    """Reads a file once; returns its length and checksum.
 
     Raises:
         OSError: if it cannot be read.
@@ -268,17 +285,8 @@ def stamp(path: Path) -> Stamp:
     return Stamp(size, digest.hexdigest())
 
 
-def sync(path: Path) -> None:
-    """Puts a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Memory of a contiguous tensor on the CPU, without a copy."""
     if not tensor.is_contiguous():  # reshape would copy, and reading would fill the copy
         raise ValueError("the tensor is not contiguous")
     data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -1,11 +1,12 @@
-"""What `seer-scale study` does: forecast, run, report, or hand over to SLURM."""
+"""The actions of `seer-scale study`: forecast, run, report, write a SLURM job."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -14,10 +15,14 @@ from seer_scale.config.shipped import RECIPES, find
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.planner.plan import plan
 from seer_scale.planner.planned import Plan
+from seer_scale.storage.ownership import owned
 from seer_scale.studies.report import write_report
 from seer_scale.studies.results import row_of
-from seer_scale.studies.run import is_finished, run_point, sole_owner
+from seer_scale.studies.run import is_finished, run_point
+from seer_scale.studies.status import aligned, progress_of, seconds_left, status_table
+from seer_scale.studies.stopping import StoppedError, StopSignals
 from seer_scale.studies.study import Point, Study, points_of, read_study
+from seer_scale.tracking.progress import duration
 from seer_scale.tracking.quiet import quieten
 from seer_scale.tracking.uri import resolve_uri
 
@@ -28,11 +33,14 @@ def open_study(path: Path, out: Path | None) -> tuple[Study, Path, list[Point]]:
     """Reads a study and resolves all of its points.
 
     Args:
-        path: of the study file; one of that name that comes with the package, if it is not here.
-        out: folder of the study; `runs/studies/<name>` unless given.
+        path: study file; if it does not exist, the file of this name in the package.
+        out: folder of the study; None means `runs/studies/<name>`.
+
+    Returns:
+        The study, its folder and its points.
 
     Raises:
-        ConfigError: whatever is wrong with it.
+        ConfigError: if the file or one of its points is wrong.
     """
     study = read_study(find(path))
     root = (out or Path("runs", "studies", study.name)).resolve()
@@ -40,13 +48,12 @@ def open_study(path: Path, out: Path | None) -> tuple[Study, Path, list[Point]]:
 
 
 def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
-    """A line for every point: what it is, what it needs and what it will take.
+    """Writes a table of all points: parameters, operations, memory per rank, hours and state.
 
     Raises:
-        ConfigError: if a point does not fit.
+        ConfigError: if a point does not fit the hardware.
     """
-    header = ["point", "parameters", "FLOPs", "memory/rank", "hours", "state"]
-    lines = [header]
+    lines = [["point", "parameters", "FLOPs", "memory/rank", "hours", "state"]]
     total = 0.0
     for point, cost in zip(points, _costs(study, points), strict=True):
         hours = cost.days * 24
@@ -61,58 +68,107 @@ def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
                 "finished" if is_finished(study, root, point) else "to do",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
     return (
-        f"{text}\n\n{len(points)} points on {study.processes} ranks of {study.hardware}: "
-        f"{total:.2f} hours of training by the planner, evaluations not counted; in {root}"
+        f"{aligned(lines)}\n\n{len(points)} points on {study.processes} ranks of {study.hardware}: "
+        f"the planner counts {total:.2f} hours of training, without evaluations; folder: {root}"
     )
 
 
 def run_all(study: Study, root: Path, points: Sequence[Point], say: Say) -> int:
-    """Runs what is left of a study and writes the report; 1 if a point could not be finished."""
-    _costs(study, points)  # before anything is paid for
+    """Runs the unfinished points of a study and writes the report.
+
+    Returns:
+        Exit status: 0, or 1 if a point failed.
+
+    Raises:
+        ConfigError: if a point does not fit the hardware.
+        StoppedError: if a signal stopped the study.
+    """
+    planned = _planned_seconds(study, points)  # refuses a point that does not fit
     failed = []
-    with sole_owner(root, say):
+    # Runs inherit the mark: one that outlives a killed study still owns the study.
+    with (
+        owned(root, f"the study {root}", wait=True, inherited=True, say=say),
+        _stoppable() as stop,
+    ):
         for number, point in enumerate(points, start=1):
             where = f"[{number}/{len(points)}] {point.name}"
             if is_finished(study, root, point):
-                say(f"{where}: finished before")
+                say(f"{where}: finished before, {progress_of(study, root, point).words()}")
                 continue
-            say(where)
+            say(f"{where}: {point.steps:,} steps")
             try:
-                run_point(study, root, point, say)
+                run_point(study, root, point, stop, say)
+            except StoppedError:
+                raise
             except UserError as error:
                 failed.append(point.name)
                 say(f"error: {error}")
+            else:
+                every = [progress_of(study, root, each) for each in points]
+                left = duration(seconds_left(every, planned))
+                say(f"{where}: finished, {every[number - 1].words()}; ETA of the study {left}")
         report(study, root, points, say)
     return int(bool(failed))
 
 
-def run_one(study: Study, root: Path, points: Sequence[Point], number: int, say: Say) -> None:
-    """Runs one point, for a job array; the report is written by whoever asks for it.
+def status(study: Study, root: Path, points: Sequence[Point]) -> str:
+    """Writes a table of all points: state, step, time, loss and top-1, and the time that is left.
 
     Raises:
-        ConfigError: if there is no such point.
-        UserError: if it failed.
+        ConfigError: if a point does not fit the hardware.
+    """
+    every = [progress_of(study, root, point) for point in points]
+    return status_table(every, seconds_left(every, _planned_seconds(study, points)))
+
+
+def _planned_seconds(study: Study, points: Sequence[Point]) -> list[float]:
+    """Seconds that the planner expects of each point."""
+    return [cost.days * 24 * 3600 for cost in _costs(study, points)]
+
+
+def run_one(study: Study, root: Path, points: Sequence[Point], number: int, say: Say) -> None:
+    """Runs one point, as a task of a job array does; writes no report.
+
+    Raises:
+        ConfigError: if the study has no point of this number.
+        UserError: if the point failed.
+        StoppedError: if a signal stopped it.
     """
     if number >= len(points):
         raise ConfigError(f"--point {number}: the study has points 0 to {len(points) - 1}")
-    run_point(study, root, points[number], say)
+    with _stoppable() as stop:
+        run_point(study, root, points[number], stop, say)
+
+
+@contextmanager
+def _stoppable() -> Iterator[StopSignals]:
+    stop = StopSignals()
+    try:
+        yield stop
+    except StoppedError as stopped:
+        raise StoppedError(
+            f"{stopped}: start it again with the same command, and it goes on"
+        ) from None
+    finally:
+        stop.close()
 
 
 def report(study: Study, root: Path, points: Sequence[Point], say: Say) -> Path:
-    """Writes the report of the finished points and keeps it in MLflow.
+    """Writes the report of the finished points, and logs it to MLflow if the runs are tracked.
+
+    Returns:
+        Path of the page.
 
     Raises:
-        UserError: if none is finished.
+        UserError: if no point is finished.
     """
     done = [point for point in points if is_finished(study, root, point)]
     if not done:
-        raise UserError(f"no point of the study in {root} is finished: there is nothing to report")
+        raise UserError(
+            f"no point of the study in {root} is finished, so there is nothing to report: run the "
+            "study until a point is done"
+        )
     rows = [
         row_of(
             study,
@@ -120,12 +176,11 @@ def report(study: Study, root: Path, points: Sequence[Point], say: Say) -> Path:
             point,
             parameters=cost.shape.trunk,
             flops_per_image=cost.flops.training,
-            peak_flops=cost.hardware.peak(cost.config.train.precision),
+            peak_flops=cost.hardware.peak(cost.batch.precision),
         )
         for point, cost in zip(done, _costs(study, done), strict=True)
     ]
-    tracking = done[0].config.tracking
-    uri = resolve_uri(tracking.uri) if tracking.enabled else None
+    uri = resolve_uri(done[0].tracking_uri) if done[0].is_tracked else None
     missing = [point.name for point in points if point not in done]
     web = uri if uri and uri.startswith("http") else None
     page = write_report(study, rows, root / "report", tracking=web, missing=missing)
@@ -137,10 +192,16 @@ def report(study: Study, root: Path, points: Sequence[Point], say: Say) -> Path:
 
 
 def slurm_array(study: Study, path: Path, root: Path, points: Sequence[Point]) -> str:
-    """A batch script that runs every point that is left as a task of a job array."""
+    """Writes a batch script that runs every unfinished point as a task of a SLURM job array.
+
+    Raises:
+        UserError: if every point is finished.
+    """
     left = [number for number, point in enumerate(points) if not is_finished(study, root, point)]
     if not left:
-        raise UserError(f"every point of the study in {root} is finished: --report writes the page")
+        raise UserError(
+            f"every point of the study in {root} is finished: use --report for the page"
+        )
     command = [sys.executable, "-m", "seer_scale", "study", "--study", str(find(path).resolve())]
     command += ["--out", str(root)]
     return (
@@ -151,32 +212,32 @@ def slurm_array(study: Study, path: Path, root: Path, points: Sequence[Point]) -
         f"#SBATCH --gpus-per-node={study.processes}\n"
         "#SBATCH --requeue\n"
         f"#SBATCH --output={root}/slurm-%a.log\n"
-        "# Adds to this what the cluster wants: partition, account, time, --signal.\n"
+        "# Add what your cluster needs: partition, account, time, --signal.\n"
         f"exec {shlex.join(command)} --point $SLURM_ARRAY_TASK_ID\n"
     )
 
 
 def _costs(study: Study, points: Sequence[Point]) -> list[Plan]:
-    """What every point needs.
+    """Plans every point.
 
     Raises:
-        ConfigError: naming a point that does not fit.
+        ConfigError: if a point does not fit the hardware; names the point.
     """
     costs = []
     for point in points:
         cost = plan(
-            point.config,
+            point.recipe,
             study.hardware,
             nodes=1,
             gpus_per_node=study.processes,
-            images=point.images,
+            overrides=point.overrides,
         )
         if not cost.fits:
             raise ConfigError(
                 f"{point.name} needs {cost.memory.gib()['total']:.1f} GiB on each of "
                 f"{study.processes} ranks of {study.hardware}, which has "
-                f"{cost.hardware.usable_gib:.1f} GiB: leave that size out, take more processes, or "
-                "set sharding and activation checkpointing under `set`"
+                f"{cost.hardware.usable_gib:.1f} GiB: leave that size out, use more processes, or "
+                "set sharding or activation checkpointing under `set`"
             )
         costs.append(cost)
     return costs
@@ -192,6 +253,7 @@ def _keep(
     finished: bool,
     say: Say,
 ) -> None:
+    """Logs the report to the study's MLflow run, and nests the runs of the points below it."""
     quieten()
     from seer_scale.tracking.mlflow_client import log_study
 

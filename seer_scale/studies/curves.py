@@ -1,11 +1,11 @@
-"""The curves of a study: what is drawn against what, and the law through each."""
+"""The curves of a study: every measure against every axis, with a fitted law through each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from seer_scale.studies.fit import Fit, fit_power_law, too_few
+from seer_scale.studies.fit import Fit, fit_power_law, not_falling, too_few
 from seer_scale.studies.results import Row
 
 AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
@@ -14,21 +14,22 @@ AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "images": ("images seen in training", lambda row: float(row.point.images)),
     "hours": ("GPU-hours", lambda row: row.rank_hours),
 }
-"""What a law is sought in: a title, and the number of a row."""
+"""Name of an axis -> its title, and the function that reads its value off a row."""
 
 SHARES = ("top1", "mAP", "map", "ap")
-"""Metrics that are shares of what would be perfect: drawn as the share that is missing."""
+"""Metrics that are at most 1: drawn as the error, 1 - metric."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that are one curve.
+    """The points of one curve.
 
     Attributes:
-        label: what sets them apart from the others of the panel.
-        x, y: of each point.
-        fit: the law through them, or None.
-        why_not: the reason where there is none.
+        label: objective, and budget or trunk, of the curve.
+        x: value on the axis of each point.
+        y: measure of each point.
+        fit: the law through the points; None if they are too few or do not fall.
+        why_not: the reason why there is no law; None if there is one.
     """
 
     label: str
@@ -43,8 +44,8 @@ class Panel:
     """One plot: a measure against an axis.
 
     Attributes:
-        measure: name of what is drawn, such as `loss` or `knn/top1`.
-        title: of the y axis.
+        measure: name of the measure, such as `loss` or `knn/top1`.
+        title: title of the y axis.
         axis: key of `AXES`.
         series: the curves.
     """
@@ -56,15 +57,21 @@ class Panel:
 
 
 def panels_of(rows: Sequence[Row], *, samples: int = 200) -> list[Panel]:
-    """Loss and evaluations against every axis; an evaluation as the share that is missing.
+    """Draws loss and evaluation errors (1 - metric) against every axis.
 
-    Along parameters and hours a curve is one budget and one objective; along images one trunk and
-    one objective; along FLOPs one objective.
+    Against parameters and hours, a curve has one budget and one objective. Against images, a curve
+    has one trunk and one objective. Against FLOPs, a curve has one objective. An axis on which all
+    points have the same value has no panels.
+
+    Args:
+        rows: results of the finished points.
+        samples: bootstrap samples of a fit.
     """
     return [
         Panel(measure, title, axis, tuple(_series(rows, axis, value, samples)))
         for measure, title, value in _measures(rows)
-        for axis in AXES
+        for axis, (_, of) in AXES.items()
+        if len({of(row) for row in rows}) > 1
     ]
 
 
@@ -89,16 +96,18 @@ def _series(
     for key, members in groups.items():
         x = tuple(AXES[axis][1](row) for row in members)
         y = tuple(value(row) for row in members)
-        # Seeds take about the same time, not the same: they are one size all the same.
+        # Runs that differ in the seed only take slightly different times: use their mean.
         if axis == "hours":
             x = _by_trunk(members, x)
         reason = too_few(x)
         fit = None if reason else fit_power_law(x, y, samples=samples)
+        if fit and (reason := not_falling(x, y, fit.law)):
+            fit = None
         yield Series(", ".join(key), x, y, fit, reason)
 
 
 def _by_trunk(rows: Sequence[Row], x: Sequence[float]) -> tuple[float, ...]:
-    """The mean of every trunk's points in place of each."""
+    """Replaces every value by the mean over the points of the same trunk."""
     sums: dict[str, list[float]] = {}
     for row, value in zip(rows, x, strict=True):
         sums.setdefault(row.point.trunk, []).append(value)

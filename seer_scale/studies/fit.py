@@ -1,8 +1,9 @@
-"""Saturating power laws through the points of a study, with how sure one can be of them.
+"""Fits saturating power laws to the points of a study, with bootstrap bands.
 
-`y = floor + scale * x ** -exponent` (Kaplan et al., arXiv 2001.08361, with the irreducible term of
-Henighan et al., arXiv 2010.14701), for a loss or an error that falls with x. Least squares
-by SciPy; the band comes from a bootstrap over the points.
+A law is `y = floor + scale * x ** -exponent`, for a loss or an error that falls with x (Kaplan et
+al., arXiv 2001.08361, section 1.2, with the irreducible term of Henighan et al., arXiv 2010.14701,
+equation 1.1). SciPy finds the least squares; the band comes from a bootstrap over the points (Efron
+and Tibshirani 1993, chapter 9).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from scipy.optimize import minimize_scalar
 
 PARAMETERS = 3  # floor, scale, exponent
 Floats = NDArray[np.float64]
-_EXPONENTS: list[float] = np.geomspace(0.01, 4.0, 40).tolist()  # the cost has local minima
+_EXPONENTS: list[float] = np.geomspace(
+    0.01, 4.0, 40
+).tolist()  # tried first: the cost has local minima
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class PowerLaw:
     """A law through points, `floor + scale * (x / x_0) ** -exponent`.
 
     Attributes:
-        floor: what y does not fall below, however large x is.
-        scale: how far y lies above it at `x_0`.
-        exponent: of the fall.
-        x_0: geometric mean of the fitted x; only keeps the numbers of `scale` handy.
+        floor: limit of y for large x.
+        scale: y minus `floor` at `x_0`.
+        exponent: how fast y falls with x.
+        x_0: geometric mean of the fitted x; keeps `scale` in the range of y.
     """
 
     floor: float
@@ -38,24 +41,24 @@ class PowerLaw:
 
     @property
     def unbounded(self) -> bool:
-        """Whether the exponent is an end of those that are tried: the points do not tell it."""
+        """Whether the exponent is at a limit of the search: the points do not determine it."""
         return not 1.001 * _EXPONENTS[0] < self.exponent < 0.999 * _EXPONENTS[-1]
 
     def __call__(self, x: Floats | float) -> Floats:
-        """The law's y at x."""
+        """Computes y at x."""
         ratio = np.asarray(x, dtype=np.float64) / self.x_0
         return np.asarray(self.floor + self.scale * ratio**-self.exponent)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A law, its band and its errors.
+    """A fitted law with its uncertainty.
 
     Attributes:
-        law: through all points.
-        laws: through bootstrap samples of them.
-        held_out: relative error of predicting the points of the largest x from the others:
-            (predicted - mean measured) / mean measured; None where too few are left for a fit.
+        law: the law through all points.
+        laws: the laws through bootstrap samples of the points.
+        held_out: relative error at the largest x of a law fitted to all other points:
+            (predicted - mean measured) / mean measured; None if too few points are left.
     """
 
     law: PowerLaw
@@ -63,14 +66,14 @@ class Fit:
     held_out: float | None
 
     def band(self, x: Floats, level: float = 0.9) -> tuple[Floats, Floats]:
-        """Lower and upper end, at every x, of the middle `level` of the bootstrap's laws."""
+        """Computes the lower and upper limits, at every x, of the middle `level` of the laws."""
         values = np.stack([law(x) for law in self.laws])
         tail = (1 - level) / 2
         return np.quantile(values, tail, axis=0), np.quantile(values, 1 - tail, axis=0)
 
 
 def too_few(x: Sequence[float]) -> str | None:
-    """Why no law can be fitted through points at `x`, or None."""
+    """Says why points at `x` are too few for a law; None if they are enough."""
     different = len(set(x))
     if different <= PARAMETERS - 1:
         return (
@@ -78,6 +81,18 @@ def too_few(x: Sequence[float]) -> str | None:
             f"values, there are {different}"
         )
     return None
+
+
+def not_falling(x: Sequence[float], y: Sequence[float], law: PowerLaw) -> str | None:
+    """Says that a law means nothing because its points do not fall along x; None if they do.
+
+    They do if the law leaves less than half of the variance that a constant leaves.
+    """
+    points = np.asarray(y, dtype=np.float64)
+    rest = points - law(np.asarray(x, dtype=np.float64))
+    if float(rest @ rest) < 0.5 * float(((points - points.mean()) ** 2).sum()):
+        return None
+    return "not fitted: the points do not fall along this axis"
 
 
 def fit_power_law(
@@ -91,15 +106,15 @@ def fit_power_law(
     """Fits a saturating power law to points of positive x.
 
     Args:
-        x: sizes, FLOPs, images or hours; several points may share one (seeds).
+        x: sizes, FLOPs, images or hours; points that differ in the seed share an x.
         y: losses or errors.
-        samples: of the bootstrap. Points are drawn within each x, so that every sample has all
-            sizes; where an x has one point only, its residual is drawn from those of all.
-        seed: of the draws.
-        least: what the floor cannot be below.
+        samples: number of bootstrap samples. Points are drawn within each x, so that every sample
+            has all sizes; for an x with one point, a residual of any point is drawn.
+        seed: seed of the draws.
+        least: smallest floor that is allowed.
 
     Raises:
-        ValueError: if the points are too few (`too_few` says so beforehand) or not finite.
+        ValueError: if the points are too few (see `too_few`), not finite or not positive in x.
     """
     points_x, points_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if reason := too_few(x):
@@ -139,7 +154,7 @@ def _held_out(x: Floats, y: Floats, least: float) -> float | None:
 
 
 def _solve(x: Floats, y: Floats, least: float) -> PowerLaw:
-    """Least squares in y. At a given exponent the rest is linear, so only that one is searched."""
+    """Least squares in y: searches the exponent; floor and scale then solve a linear problem."""
     x_0 = math.exp(float(np.log(x).mean()))
     ratio = x / x_0
 
@@ -155,7 +170,7 @@ def _solve(x: Floats, y: Floats, least: float) -> PowerLaw:
 
 
 def _linear(ratio: Floats, y: Floats, exponent: float, least: float) -> tuple[float, float, float]:
-    """The best floor of `least` or more and scale of 0 or more, and their sum of squares."""
+    """The best floor >= `least`, the best scale >= 0, and the sum of squared residuals."""
     z = ratio**-exponent
     centred = z - z.mean()
     scale = float(centred @ y) / float(centred @ centred)

@@ -1,34 +1,23 @@
-"""The report of a study: one HTML page that needs nothing but itself, and its pictures."""
+"""The report of a study: one HTML page with embedded pictures, and the pictures as files."""
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from seer_scale.storage.atomic import replaced_file
 from seer_scale.studies.curves import AXES, Panel, panels_of
-from seer_scale.studies.figures import draw_efficiency, draw_measure
+from seer_scale.studies.figures import draw_efficiency, draw_panel
 from seer_scale.studies.results import Row
 from seer_scale.studies.study import Study
 
 PAGE = "report.html"
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem;
-  color: #111; background: #fff; }
-h1, h2 { line-height: 1.2; }
-img { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { border-bottom: 1px solid #bbb; padding: 0.25rem 0.6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-a { color: #0645ad; }
-@media print { body { max-width: none; } .table { overflow: visible; } table { font-size: 8pt; } }
-"""
+TEMPLATE = "report.html.j2"  # beside this module
 
 
 def write_report(
@@ -37,52 +26,49 @@ def write_report(
     """Draws the curves and writes the page.
 
     Args:
-        study: what was asked for.
-        rows: the finished points, at least one.
-        folder: for the page and the pictures; made here.
-        tracking: address of the MLflow server that runs are linked to, if it is one on the web.
-        missing: names of points that have not finished.
+        study: the study.
+        rows: finished points, at least one.
+        folder: folder for the page and the pictures; created if it does not exist.
+        tracking: web address of the MLflow server that the page links runs to; None for no links.
+        missing: names of the points that are not finished.
 
     Returns:
-        The page.
+        Path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     panels = panels_of(rows)
-    measures = list(dict.fromkeys(panel.measure for panel in panels))
-    figures = []
-    for measure in measures:
-        path = folder / f"{measure.replace('/', '_')}.png"
-        draw_measure([panel for panel in panels if panel.measure == measure], path)
-        figures.append((path, f"{measure} against parameters, FLOPs, images and GPU-hours"))
-    efficiency = folder / "efficiency.png"
-    draw_efficiency(rows, efficiency)
-    figures.append((efficiency, "throughput, memory and utilisation against size"))
-    sections = [
-        f"<h1>Scaling study: {html.escape(study.name)}</h1>",
-        f"<p>{len(rows)} runs of recipe <code>{html.escape(study.recipe)}</code>: "
-        f"{_words(study)}. Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>",
-        *([f"<p><strong>Not finished:</strong> {_list(missing)}.</p>"] if missing else []),
-        *(_figure(path, caption) for path, caption in figures),
-        "<h2>Laws</h2>",
-        "<p>floor + scale * (x / x<sub>0</sub>)<sup>-exponent</sup>, least squares; in brackets the"
-        " middle 90 % of a bootstrap over the points. Held out: how far the law of the smaller ones"
-        " is off at the largest.</p>",
-        _table(*_laws(panels)),
-        "<h2>Runs</h2>",
-        _table(*_runs(rows, tracking)),
-    ]
-    page = folder / PAGE
-    page.write_text(
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<link rel='icon' href='data:,'>"
-        f"<title>Scaling study: {html.escape(study.name)}</title><style>{_STYLE}</style></head>"
-        "<body>\n" + "\n".join(sections) + "\n</body></html>\n"
+    names = sorted({name for row in rows for name in row.evaluations})
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
+    text = environment.get_template(TEMPLATE).render(
+        study=study,
+        grid=_grid(study),
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        missing=missing,
+        figures=[
+            {"caption": caption, "data": base64.b64encode(path.read_bytes()).decode()}
+            for path, caption in _figures(panels, rows, folder)
+        ],
+        laws=list(_laws(panels)),
+        columns=[
+            *("run", "parameters", "FLOPs", "images", "GPU-hours", "loss", *names),
+            *("images/s", "memory [GiB]", "MFU"),
+        ],
+        runs=[{"cells": _cells(row, names), "id": row.run_id} for row in rows],
+        tracking=tracking,
+    )
+    page = folder / PAGE
+    with replaced_file(page) as fresh:
+        fresh.write_text(text)
     return page
 
 
-def _words(study: Study) -> str:
+def _grid(study: Study) -> str:
     counts = [
         (len(study.sizes), "sizes"),
         (len(study.seeds), "seeds"),
@@ -94,86 +80,62 @@ def _words(study: Study) -> str:
     )
 
 
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(html.escape(name) for name in names)
+def _figures(
+    panels: Sequence[Panel], rows: Sequence[Row], folder: Path
+) -> Iterator[tuple[Path, str]]:
+    """Draws every picture into `folder`; yields its path and its caption."""
+    for panel in panels:
+        path = folder / f"{panel.measure}_{panel.axis}.png".replace("/", "_")
+        draw_panel(panel, path)
+        yield path, f"{panel.measure} against {AXES[panel.axis][0]}"
+    for name, title in (
+        ("images_per_second", "images per second"),
+        ("peak_memory_gib", "peak memory of rank 0 [GiB]"),
+        ("mfu", "model FLOPs utilisation"),
+    ):
+        known = [row for row in rows if getattr(row, name) is not None]
+        if known:
+            path = folder / f"{name}.png"
+            draw_efficiency(known, title, [getattr(row, name) for row in known], path)
+            yield path, f"{title} against size"
 
 
-def _figure(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return (
-        f"<figure><img alt='{text}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{text}</figcaption></figure>"
-    )
-
-
-def _laws(panels: Sequence[Panel]) -> tuple[list[str], list[list[str]]]:
-    header = ["measure, axis", "points", "floor", "exponent", "held out"]
-    lines = []
+def _laws(panels: Sequence[Panel]) -> Iterator[list[str]]:
     for panel in panels:
         for series in panel.series:
-            name = html.escape(f"{panel.title} by {AXES[panel.axis][0]}; {series.label}")
-            if series.fit is None:
-                lines.append([name, str(len(series.x)), str(series.why_not), "", ""])
+            name = f"{panel.title} by {AXES[panel.axis][0]}; {series.label}"
+            fit, points = series.fit, str(len(series.x))
+            if fit is None:
+                yield [name, points, str(series.why_not), "", ""]
                 continue
-            fit = series.fit
-            floors = [law.floor for law in fit.laws]
-            exponents = [law.exponent for law in fit.laws]
             limit = " (the points do not tell)" if fit.law.unbounded else ""
-            held_out = "too few" if fit.held_out is None else f"{fit.held_out:+.1%}"
-            lines.append(
-                [
-                    name,
-                    str(len(series.x)),
-                    _with_band(fit.law.floor, floors),
-                    _with_band(fit.law.exponent, exponents) + limit,
-                    held_out,
-                ]
-            )
-    return header, lines
+            yield [
+                name,
+                points,
+                _with_band(fit.law.floor, [law.floor for law in fit.laws]),
+                _with_band(fit.law.exponent, [law.exponent for law in fit.laws]) + limit,
+                "too few" if fit.held_out is None else f"{fit.held_out:+.1%}",
+            ]
 
 
 def _with_band(value: float, drawn: Sequence[float]) -> str:
-    low, high = np.quantile(drawn, [0.05, 0.95])
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    """Writes the middle 90 % behind a value; three points, or a floor of 0, may leave no width."""
+    low, high = (f"{bound:.3g}" for bound in np.quantile(drawn, [0.05, 0.95]))
+    return f"{value:.3g}" if low == high else f"{value:.3g} [{low}, {high}]"
 
 
-def _runs(rows: Sequence[Row], tracking: str | None) -> tuple[list[str], list[list[str]]]:
-    names = sorted({name for row in rows for name in row.evaluations})
-    header = [
-        *("run", "parameters", "FLOPs", "images", "GPU-hours", "loss", *names),
-        *("images/s", "memory [GiB]", "MFU", "MLflow run"),
+def _cells(row: Row, names: Sequence[str]) -> list[str]:
+    """The cells of a run in the table, all but the link to MLflow."""
+    found = row.evaluations
+    return [
+        row.point.name,
+        f"{row.parameters / 1e6:.2f}M",
+        f"{row.flops:.3g}",
+        f"{row.point.images:,}",
+        f"{row.rank_hours:.3g}",
+        f"{row.loss:.4f}",
+        *(f"{found[name]:.4g}" if name in found else "" for name in names),
+        f"{row.images_per_second:.1f}",
+        f"{row.peak_memory_gib:.2f}",
+        "" if row.mfu is None else f"{row.mfu:.1%}",
     ]
-    lines = []
-    for row in rows:
-        link = row.run_id[:8] if row.run_id else "not sent"
-        if row.run_id and tracking:
-            link = f"<a href='{html.escape(tracking)}/#/runs/{row.run_id}'>{link}</a>"
-        lines.append(
-            [
-                html.escape(row.point.name),
-                f"{row.parameters / 1e6:.2f}M",
-                f"{row.flops:.3g}",
-                f"{row.point.images:,}",
-                f"{row.rank_hours:.3g}",
-                f"{row.loss:.4f}",
-                *(
-                    f"{row.evaluations[name]:.4g}" if name in row.evaluations else ""
-                    for name in names
-                ),
-                f"{row.images_per_second:.1f}",
-                f"{row.peak_memory_gib:.2f}",
-                "" if row.mfu is None else f"{row.mfu:.1%}",
-                link,
-            ]
-        )
-    return header, lines
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls by itself where the window is narrow; cells are HTML already."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines
-    )
-    return f"<div class='table'><table><tr>{head}</tr>{body}</table></div>"

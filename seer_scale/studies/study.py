@@ -1,7 +1,7 @@
-"""A study: sizes x seeds x image budgets x objectives, as points that are ordinary runs.
+"""A study: a grid of sizes, seeds, image budgets and objectives; every point is an ordinary run.
 
-A point is a recipe with a handful of keys set; its run folder tells whether it is finished. So a
-study that is started again goes on where it was, and nothing but the folders remembers anything.
+A point is a recipe with a few keys set. Only the folders of a study record what is finished, so a
+study that is started again continues where it stopped.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from seer_scale.config import RunConfig
+from seer_scale.config.field_types import Count, PathText
 from seer_scale.config.recipe import parse
+from seer_scale.config.schema import build
 from seer_scale.config.yaml_text import read_yaml
 from seer_scale.errors import ConfigError
 from seer_scale.models.regnet import trunk_config
@@ -23,7 +24,7 @@ from seer_scale.models.regnet import trunk_config
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Texts = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
-Counts = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
 
 
@@ -32,39 +33,39 @@ class _Section(BaseModel):
 
 
 class Evaluation(_Section):
-    """What every finished point is judged by.
+    """The evaluation of every finished point.
 
     Attributes:
-        data: labelled set, as `seer-scale evaluate --data` takes it.
-        tasks: names of tasks, each with its options.
+        data: labelled images, as `seer-scale evaluate --data` takes them.
+        tasks: options by name of the task.
     """
 
-    data: Text
+    data: PathText
     tasks: dict[str, dict[str, Any]] = Field({"knn": {}}, min_length=1)
 
 
 class Study(_Section):
-    """What a study file says.
+    """The content of a study file.
 
     Attributes:
-        name: of the study, its MLflow experiment and its parent run.
-        recipe: that all points start from.
-        sizes: trunks, at least two.
-        seeds: of initial values, order and augmentation.
-        images: budgets, images seen in training.
-        objectives: names.
-        global_batch: images a step, for all points; or
-        steps: of every point, whose batch is then its budget divided by them.
+        name: name of the study, of its MLflow experiment and of its parent run.
+        recipe: recipe that all points start from.
+        sizes: names of trunks, at least two.
+        seeds: values of `run.seed`.
+        images: budgets: images seen in training.
+        objectives: names of objectives.
+        global_batch: images per step of all points; give this or `steps`.
+        steps: steps of every point; the batch is then the budget divided by the steps.
         processes: ranks of a run.
-        deepspeed_config: of the runs; without one they are started by torchrun.
+        deepspeed_config: path of the runs' DeepSpeed config; without one, torchrun starts the runs.
         set: further keys of all points, `section.key: value`.
-        evaluate: what finished points are judged by.
-        retries: how often a failed point is started again.
-        hardware: profile that costs are planned for; see `seer-scale plan`.
+        evaluate: evaluation of finished points.
+        retries: number of times that a failed point is started again.
+        hardware: hardware profile that `seer-scale plan` computes the costs for.
     """
 
     name: Text
-    recipe: Text
+    recipe: PathText
     sizes: Texts
     seeds: Seeds = (0,)
     images: Counts
@@ -72,11 +73,11 @@ class Study(_Section):
     global_batch: Positive | None = None
     steps: Positive | None = None
     processes: Positive = 1
-    deepspeed_config: Text | None = None
+    deepspeed_config: PathText | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     evaluate: Evaluation | None = None
     retries: Annotated[int, Field(ge=0)] = 1
-    hardware: Text = "cpu"
+    hardware: PathText = "cpu"
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -95,7 +96,7 @@ class Study(_Section):
             if rest or not whole:
                 divisor = "global_batch" if self.global_batch else "steps"
                 raise ValueError(
-                    f"images has {budget}, which is no multiple of {divisor} "
+                    f"images has {budget}, which is not a multiple of {divisor} "
                     f"{self.global_batch or self.steps}"
                 )
         return self
@@ -106,10 +107,17 @@ class Point:
     """One run of a study.
 
     Attributes:
-        name: of the point and its run folder.
-        trunk, seed, images, objective: what sets it apart.
-        arguments: of `seer-scale pretrain`.
-        config: as that resolves them.
+        name: name of the point and of its run folder.
+        trunk: name of the trunk.
+        seed: value of `run.seed`.
+        images: images seen in training.
+        objective: name of the objective.
+        recipe: recipe that the point starts from.
+        overrides: `section.key=value` texts on top of the recipe.
+        folder: run folder.
+        steps: optimizer steps of the run.
+        is_tracked: whether the run is sent to MLflow.
+        tracking_uri: value of `tracking.uri`.
     """
 
     name: str
@@ -117,15 +125,24 @@ class Point:
     seed: int
     images: int
     objective: str
-    arguments: tuple[str, ...]
-    config: RunConfig
+    recipe: str
+    overrides: tuple[str, ...]
+    folder: Path
+    steps: int
+    is_tracked: bool
+    tracking_uri: str | None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Arguments of `seer-scale pretrain` that start the run."""
+        return ("--recipe", self.recipe, *self.overrides)
 
 
 def read_study(path: Path) -> Study:
     """Reads a study file.
 
     Raises:
-        ConfigError: if it is missing or no YAML, or a key or value cannot be.
+        ConfigError: if the file is missing or not YAML, or a key or value is wrong.
     """
     try:
         text = path.read_text()
@@ -134,31 +151,23 @@ def read_study(path: Path) -> Study:
     document = read_yaml(text, where=f"--study {path}: ")
     if not isinstance(document, dict):
         raise ConfigError(f"--study {path} holds no keys: docs/scaling.md shows a study")
-    try:
-        return Study(**{str(key): value for key, value in document.items()})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            text = f"is no key of a study; there are {', '.join(Study.model_fields)}"
-        raise ConfigError(f"{path}: {key + ': ' if key else ''}{text}") from None
+    return build(Study, {str(key): value for key, value in document.items()}, where=f"{path}: ")
 
 
 def points_of(study: Study, root: Path, recipes: Path) -> list[Point]:
-    """The points of a study, small trunks' first as `sizes` has them.
+    """Lists the points of a study; within a budget, trunks come in the order of `sizes`.
 
     Args:
-        study: from `read_study`.
-        root: the study's folder; every point's run lies in `root/runs/<name>`.
+        study: the study.
+        root: folder of the study; the run folder of a point is `root/runs/<name>`.
         recipes: folder of the recipes.
 
     Raises:
-        ConfigError: if the recipe is unknown, or a point is no run that could be started.
+        ConfigError: if the recipe is unknown, or a point cannot be started as a run.
     """
     for trunk in study.sizes:
         trunk_config(trunk)
-    # Budgets outermost: with the first budget done there is a first curve over sizes.
+    # Budgets are outermost: after the first budget there is a first curve over sizes.
     grid = itertools.product(study.images, study.seeds, study.objectives, study.sizes)
     return [_point(study, root, recipes, *entry) for entry in grid]
 
@@ -173,7 +182,7 @@ def _point(
     if rest or not micro:
         raise ConfigError(
             f"{name}: {batch} images a step do not divide into {study.processes} processes times "
-            f"{accumulation} micro-batches: change processes or the batch"
+            f"{accumulation} micro-batches: change processes or global_batch"
         )
     values = {
         "checkpoint.every": images // batch,
@@ -183,23 +192,37 @@ def _point(
         **study.set,
         "model.trunk": trunk,
         "objective.name": objective,
+        "train.images": images,
         "train.steps": images // batch,
+        "train.global_batch": batch,
         "train.micro_batch_size": micro,
         "run.seed": seed,
         "run.dir": str(root / "runs" / name),
     }
-    given = ["--deepspeed_config", study.deepspeed_config] if study.deepspeed_config else []
-    arguments = (
-        *("--recipe", study.recipe),
-        *given,
-        # Texts are taken as they are; of all else JSON is YAML.
+    path = study.deepspeed_config
+    overrides = (
+        *([f"sharding.deepspeed_config={path}"] if path else []),
+        # An override takes text as it is; JSON of all other values is YAML.
         *(
             f"{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in values.items()
         ),
     )
     try:
-        config = parse(arguments, recipes=recipes).config
+        argv = ("--recipe", study.recipe, *overrides)
+        config = parse(argv, recipes=recipes, ranks=study.processes).config
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    return Point(name, trunk, seed, images, objective, arguments, config)
+    return Point(
+        name,
+        trunk,
+        seed,
+        images,
+        objective,
+        study.recipe,
+        overrides,
+        Path(config.run.dir),
+        config.train.steps,
+        config.tracking.enabled,
+        config.tracking.uri,
+    )

@@ -1,12 +1,11 @@
 """Delivers a run's spool to MLflow, request by request, from where the last sender stopped.
 
-What was acknowledged is written down after every request, as a byte offset beside the run's id.
+After every request the acknowledged byte offset is written down beside the run's id.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from seer_scale.tracking.quiet import quieten
+from seer_scale.tracking.refusals import COUNT, count_refusals, keep_refusal
 from seer_scale.tracking.spool import (
     FAILING,
     SENT,
@@ -31,17 +31,16 @@ from seer_scale.tracking.uri import environment, one_line, redact
 if TYPE_CHECKING:
     from seer_scale.tracking.mlflow_client import MlflowRun
 
-REJECTED = "rejected.jsonl"
 METRICS_PER_REQUEST = 1000
 REFUSALS = 5
 
 
 class Unreachable(Exception):  # noqa: N818  (a state of the server, not a mistake)
-    """The server does not answer, or not for this run; what was to be sent stays in the spool."""
+    """The server does not answer, or refuses this run; unsent events stay in the spool."""
 
 
 class Delivery:
-    """One run's spool on its way to one server.
+    """Delivery of one run's spool to one server.
 
     Args:
         folder: `<run_dir>/tracking`.
@@ -55,8 +54,8 @@ class Delivery:
         sent = read_json(folder / SENT)
         if sent.get("uri") != redact(uri):
             sent = {"uri": redact(uri), "run_id": None, "offset": 0, "steps": {}}
+        sent[COUNT] = count_refusals(sent, folder)
         self.sent = sent
-        self.rejected = 0
         self._scratch = folder / "scratch"
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._alone_until = 0
@@ -82,7 +81,7 @@ class Delivery:
         return self._run
 
     def step(self) -> list[Event]:
-        """Sends the next request's worth of events and returns them; none if all was sent.
+        """Sends the next request and returns its events; none if everything was sent.
 
         Raises:
             Unreachable: if they could not be sent now.
@@ -98,8 +97,13 @@ class Delivery:
         self._acknowledge(events)
         return events
 
+    @property
+    def rejected(self) -> int:
+        """Number of events that this server refused for good, of all senders of this run."""
+        return int(self.sent[COUNT])
+
     def left(self) -> int:
-        """Events that are still to be sent."""
+        """Number of events still to be sent."""
         return sum(1 for _ in read_events(self.folder / SPOOL, self.sent["offset"]))
 
     def _next(self) -> list[Event]:
@@ -137,16 +141,19 @@ class Delivery:
                 )
             case "tags":
                 self.run.set_tags(fields["tags"])
+            case "dataset":
+                self.run.log_dataset(**fields["dataset"])
             case "artifact":
                 self.run.log_artifact(self._path(fields["path"]), fields["folder"])
             case "model":
                 outbox = model_outbox(self.folder, fields["step"])
-                self.run.log_model(
+                number = self.run.log_model(
                     outbox if outbox.is_dir() else self._path(fields["path"]),
                     step=fields["step"],
                     tags=fields["tags"],
                     aliases=fields["aliases"],
                 )
+                self.sent["version"] = {"step": fields["step"], "number": number}
             case "checkpoint":
                 outbox = checkpoint_outbox(self.folder, fields["step"])
                 if fields["how"] == "copy":
@@ -162,9 +169,11 @@ class Delivery:
                 raise ValueError(f"this line of the spool is {kind}")
 
     def _refused(self, events: list[Event], error: Exception) -> None:
-        """Waits, or sends one by one, or gives one event up: by what the server says."""
+        """Reacts to a refusal: waits, sends events one by one, or gives up one event."""
         reason, verdict = one_line(error), _refusal(error)
         if verdict == "no" or self._run is None or not self._run.answers():
+            if self._run is not None and verdict != "no" and self._run.run_id is not None:
+                reason = self._run.deletion() or reason
             self._mark_as_failing(reason)
             raise Unreachable(reason)
         if len(events) > 1:
@@ -173,10 +182,9 @@ class Delivery:
         self._refusals += 1
         if verdict == "maybe" and self._refusals < REFUSALS:
             raise Unreachable(reason)
-        self.rejected += 1
         line = {"offset": events[0].offset, "reason": reason, "event": events[0].fields}
-        with (self.folder / REJECTED).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        keep_refusal(self.folder, {**line, "uri": self.sent["uri"]})
+        self.sent[COUNT] += 1
         self._acknowledge(events)
 
     def _acknowledge(self, events: list[Event]) -> None:
@@ -201,7 +209,7 @@ class Delivery:
             shutil.rmtree(outbox, ignore_errors=True)
 
     def _mark_as_failing(self, reason: str) -> None:
-        """Tells the training process, so that it does not wait for this server."""
+        """Tells the training process not to wait for this server."""
         mark = {"uri": self.sent["uri"], "time": time.time_ns() // 1_000_000, "reason": reason}
         with contextlib.suppress(OSError):  # a full disk
             write_json(self.folder / FAILING, mark)
@@ -211,7 +219,7 @@ class Delivery:
 
 
 def _refusal(error: Exception) -> Literal["lasting", "maybe", "no"]:
-    """Whether an error is about what was sent, or about the way there ("no")."""
+    """Tells whether the server refused the content, or the connection failed ("no")."""
     status = getattr(error, "get_http_status_code", None)  # MLflow's exceptions have it
     if status is not None:
         if status() == 400:

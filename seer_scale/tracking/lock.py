@@ -1,70 +1,47 @@
-"""Who is at work in a run folder, told by locks that die with the processes that hold them.
-
-One sender at a time has the file `lock`; whoever writes the spool shares a lock on that.
-"""
+"""Who sends a run's records, and who writes them; on file systems with and without locks."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from pathlib import Path
 from typing import IO
 
-LOCK = "lock"
+from seer_scale.storage.locks import lock
+from seer_scale.storage.ownership import Claim, living_owner
 
 
 class SenderLock:
-    """The right to send a run's spool; survives a fork, ends with the last process that has it."""
+    """The right to send the records of `<run_dir>/tracking`; ends with the process that has it."""
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[str] = (folder / LOCK).open("a+")
+        self._claim = Claim(folder)
 
     def acquire(self) -> bool:
-        """Takes the lock if nobody has it, and writes this process's id into the file."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        self.sign()
-        return True
-
-    def sign(self) -> None:
-        """Writes this process's id into the file; needed after a fork."""
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
+        """Takes the right if nobody has it."""
+        return self._claim.take() is None
 
     def release(self) -> None:
-        """Lets others send."""
-        self._file.close()
+        """Gives the right up."""
+        self._claim.release()
 
 
 def holder(folder: Path) -> int | None:
-    """Process id of the sender at work; None if there is none."""
-    path = folder / LOCK
-    if not path.exists():
-        return None
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = file.read().strip()
-            return int(text) if text else 0
-        return None
+    """Process id of the active sender; None without a sender."""
+    owner = living_owner(folder)
+    return None if owner is None else owner.pid
 
 
 def mark_as_written(spool: IO[bytes]) -> None:
-    """Says, until this process closes it or ends, that the open file `spool` is being written."""
-    with contextlib.suppress(OSError):  # a file system without locks; it costs the mark only
-        fcntl.flock(spool, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    """Marks the open file `spool` as being written, until this process closes the file or ends."""
+    with contextlib.suppress(OSError):  # it costs the mark only
+        lock(spool, shared=True)
 
 
 def is_written(spool: Path) -> bool:
-    """Whether some process has marked the file `spool` as being written."""
-    with spool.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+    """Tells whether a process has marked the file `spool` as being written.
+
+    Without locks, a run that has an owner counts as being written.
+    """
+    with spool.open("rb+") as file:  # NFS locks exclusively only what is open for writing
+        free = lock(file)
+    return living_owner(spool.parents[1]) is not None if free is None else not free

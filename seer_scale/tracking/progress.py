@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TextIO
@@ -11,9 +12,11 @@ from typing import TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+RECENT = 20  # last steps that the rate and the ETA are taken from
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Formats a time as hours:minutes:seconds."""
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
@@ -21,7 +24,8 @@ def _duration(seconds: float) -> str:
 class Progress:
     """Shows step, ETA, images/s, loss, learning rate and memory.
 
-    A log on a full disk, or a terminal that is gone, loses lines and does not end the run.
+    Images/s and ETA are those of the last 20 steps: single steps vary, and the first ones are slow.
+    A full disk or a closed terminal loses lines but does not end the run.
 
     Args:
         total: steps of the whole run.
@@ -31,8 +35,9 @@ class Progress:
 
     def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.total, self.first = total, done
-        self.started = time.monotonic()
+        self.total = total
+        self.moments = deque([(time.monotonic(), done)], maxlen=RECENT + 1)  # time and step
+        self.seconds: deque[float] = deque(maxlen=RECENT)  # that an image took, of every step
         self.last_line = float("-inf")
         self.bar = (
             tqdm(total=total, initial=done, file=self.stream, unit="step", dynamic_ncols=True)
@@ -41,26 +46,30 @@ class Progress:
         )
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows the metrics of `step`, the last one done."""
+        """Shows the metrics of `step`, the last finished step."""
         with suppress(OSError):
             self._update(step, metrics)
 
     def _update(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        self.moments.append((now, step))
+        self.seconds.append(1 / metrics["images_per_second"])
+        rate = len(self.seconds) / sum(self.seconds)
         shown = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.4g}  "
-            f"{metrics['images_per_second']:.1f} img/s  {metrics['peak_memory_gib']:.2f} GiB"
+            f"{rate:.1f} img/s  {metrics['peak_memory_gib']:.2f} GiB"
         )
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        now = time.monotonic()
         if now - self.last_line < SECONDS_BETWEEN_LINES and step != self.total:
             return
         self.last_line = now
-        left = (now - self.started) / max(1, step - self.first) * (self.total - step)
+        since, first = self.moments[0]
+        left = (now - since) / max(1, step - first) * (self.total - step)
         print(
-            f"step {step}/{self.total}  {shown}  ETA {_duration(left)}",
+            f"step {step}/{self.total}  {shown}  ETA {duration(left)}",
             file=self.stream,
             flush=True,
         )
@@ -74,7 +83,7 @@ class Progress:
                 print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it on the screen."""
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.close()

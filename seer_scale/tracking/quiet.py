@@ -1,7 +1,8 @@
-"""MLflow as a quiet guest: no telemetry, no chatter, no minute-long retries of its own."""
+"""Quiets MLflow: no telemetry, no extra output, no minute-long retries."""
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -17,7 +18,11 @@ DEFAULTS = {
 
 
 def quieten() -> None:
-    """Sets what the user has not set; has its effect before mlflow is imported first."""
+    """Sets variables that the user has not set; call before the first import of mlflow."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", message=".*input example was not provided.*")
+    level = os.environ["MLFLOW_LOGGING_LEVEL"].upper()
+    if level in logging.getLevelNamesMapping():  # for an mlflow that is imported already
+        logging.getLogger("mlflow").setLevel(level)
+    for text in ("input example was not provided", "Any type hint is inferred"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")

@@ -1,18 +1,25 @@
-"""What a run leaves in its folder: config.yaml, metrics.jsonl, samples.jsonl, curve.png.
+"""Files of a run: metrics.jsonl, samples.jsonl, bad_samples.jsonl and curve.png.
 
-Rank 0 writes. A resumed run first drops the lines of steps that it is about to do again.
+Rank 0 writes. A resumed run first drops the lines of the steps that it repeats. The curve is drawn
+by a process of its own: python -m seer_scale.tracking.records RUN_DIR
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+from seer_scale.storage.atomic import replaced_file
+from seer_scale.tracking.children import package_environment
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -21,7 +28,7 @@ EVALUATED = "eval/knn_top1"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that was cut off is left out."""
+    """Reads the objects of a JSON-lines file, without a last line that was cut off."""
     if not path.exists():
         return []
     objects = []
@@ -33,19 +40,55 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def keep_knn(run_dir: Path, step: int, result: Mapping[str, Any]) -> None:
+    """Writes the k-NN result of the trunk of `step` into the run, for its model card.
+
+    Args:
+        run_dir: folder of the run.
+        step: step of the evaluated checkpoint.
+        result: `top1`, and what it was measured on.
+    """
+    path = _knn_file(run_dir, step)
+    path.parent.mkdir(exist_ok=True)
+    with replaced_file(path, writers=2) as fresh:
+        fresh.write_text(json.dumps(result) + "\n")
+
+
+def read_knn(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """Reads the k-NN result of the trunk of `step`: of `evaluate`, else of the training."""
+    return kept_knn(run_dir, step) or trained_knn(run_dir).get(step)
+
+
+def kept_knn(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """Reads what `keep_knn` wrote for the trunk of `step`."""
+    return next(iter(read_lines(_knn_file(run_dir, step))), None)
+
+
+def trained_knn(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Reads the k-NN results of the training itself, by step."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in read_lines(run_dir / METRICS):
+        if EVALUATED in line:
+            found.setdefault(line["step"], {"top1": line[EVALUATED]})
+    return found
+
+
+def _knn_file(run_dir: Path, step: int) -> Path:
+    return run_dir / "eval" / f"knn_step_{step:08d}.json"
+
+
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines after `step`, through a new file: a kill must not lose the old lines."""
+    """Drops the lines after `step`; a kill does not lose the old lines."""
     if path.exists():
         lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
-        fresh = path.with_suffix(".rewritten")
-        fresh.write_text("".join(lines))
-        fresh.replace(path)
+        with replaced_file(path) as fresh:
+            fresh.write_text("".join(lines))
 
 
 class Records:
-    """Appends one JSON object per step to each file; whole lines, flushed as they come.
+    """Appends one JSON object per step to each file, and flushes every line.
 
-    A disk that takes nothing costs a warning and lines, not the run; `close` still tries.
+    A full disk costs a warning and lines, not the run; `close` tries again.
     """
 
     def __init__(self, run_dir: Path, *, first_step: int, log_samples: bool) -> None:
@@ -58,6 +101,7 @@ class Records:
         if log_samples:
             self._samples = (run_dir / SAMPLES).open("a", buffering=1)
         self._warned = False
+        self._drawing: subprocess.Popen[bytes] | None = None
 
     @contextmanager
     def _outliving_the_disk(self) -> Iterator[None]:
@@ -69,18 +113,18 @@ class Records:
             self._warned = True
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl: of the step itself, or of an evaluation after it."""
+        """Writes one line of metrics.jsonl: metrics of a step, or of an evaluation after it."""
         with self._outliving_the_disk():
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
 
     def samples(self, step: int, ids: list[int]) -> None:
-        """One line of samples.jsonl, if it is kept: the ids of the global batch."""
+        """Writes one line of samples.jsonl, if enabled: the ids of the global batch."""
         if self._samples is not None:
             with self._outliving_the_disk():
                 self._samples.write(json.dumps({"step": step, "samples": ids}) + "\n")
 
     def bad_samples(self, step: int, bad: Sequence[tuple[str, str]]) -> None:
-        """One line of bad_samples.jsonl per image that was replaced."""
+        """Writes one line of bad_samples.jsonl per replaced image."""
         if bad:
             path = self.run_dir / BAD_SAMPLES
             with self._outliving_the_disk(), path.open("a") as file:
@@ -88,21 +132,36 @@ class Records:
                     file.write(json.dumps({"step": step, "name": name, "cause": cause}) + "\n")
 
     def best_evaluation(self) -> float:
-        """The highest kNN top-1 so far; minus infinity before the first."""
+        """Highest k-NN top-1 so far; minus infinity before the first evaluation."""
         lines = read_lines(self.run_dir / METRICS)
         return max((line[EVALUATED] for line in lines if EVALUATED in line), default=-math.inf)
 
     def draw_curve(self) -> None:
-        """Draws `curve.png` from what is there so far."""
-        with self._outliving_the_disk():
-            draw_curve(self.run_dir)
+        """Has another process draw `curve.png`; does not wait for it.
+
+        In this one, reading the lines of 100,000 steps would hold Python's lock for two seconds.
+        """
+        if self._drawing is None or self._drawing.poll() is not None:
+            with self._outliving_the_disk():
+                self._drawing = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "seer_scale.tracking.records", str(self.run_dir)],
+                    env=package_environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,  # `close` says what is wrong
+                    start_new_session=True,  # Ctrl-C is for the training alone
+                )
 
     def close(self) -> None:
         """Closes the files and draws the curve."""
+        if self._drawing is not None:
+            self._drawing.kill()
+            self._drawing.wait()
         for file in filter(None, (self._metrics, self._samples)):
             with self._outliving_the_disk():
                 file.close()
-        self.draw_curve()
+        with self._outliving_the_disk():
+            draw_curve(self.run_dir)
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +176,7 @@ class Records:
 
 
 def draw_curve(run_dir: Path) -> Path | None:
-    """Draws loss, learning rate and the objective's health over the steps to `curve.png`."""
+    """Draws loss, learning rate and signs of collapse over the steps to `curve.png`."""
     everything = read_lines(run_dir / METRICS)
     lines = [line for line in everything if "loss" in line]  # others are of evaluations
     if not lines:
@@ -151,5 +210,11 @@ def draw_curve(run_dir: Path) -> Path | None:
         axes[3].legend()
     figure.suptitle(run_dir.name)
     path = run_dir / "curve.png"
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as fresh:  # the process that draws was ended before
+        figure.savefig(fresh, dpi=110, format="png")
     return path
+
+
+if __name__ == "__main__":
+    os.nice(10)  # the training comes first
+    draw_curve(Path(sys.argv[1]))

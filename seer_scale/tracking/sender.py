@@ -1,4 +1,4 @@
-"""The processes that send: one detached beside the training, or `seer-scale sync` later.
+"""Sends a spool to MLflow: from a detached process beside the training, or by `seer-scale sync`.
 
     python -m seer_scale.tracking.sender RUN_DIR [--drain SECONDS]
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -25,7 +24,8 @@ import psutil
 from seer_scale.errors import UserError
 from seer_scale.tracking.delivery import Delivery, Unreachable
 from seer_scale.tracking.lock import SenderLock, holder, is_written
-from seer_scale.tracking.spool import FOLDER, SENT, SETTINGS, SPOOL, read_json
+from seer_scale.tracking.refusals import refusals
+from seer_scale.tracking.spool import FOLDER, SENT, SETTINGS, SPOOL, end_of, read_json
 from seer_scale.tracking.uri import redact, resolve_uri, with_credentials
 
 POLL_S = 0.5
@@ -36,19 +36,23 @@ TAKE_OVER_S = 90.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `sync` did; `reason` says why something is left."""
+    """Result of `sync`; `reason` says why events are left, `refusals` what was refused for good.
+
+    `rejected` counts the refusals by all senders of this run.
+    """
 
     sent: int
     rejected: int
     left: int
     run_id: str | None
     reason: str
+    refusals: str | None
 
 
 def sync(run_dir: Path | str, uri: str | None = None) -> Outcome:
-    """Sends what the spool of `run_dir` still holds, and ends the run as it was ended.
+    """Sends the rest of the spool of `run_dir`, and ends the MLflow run with the recorded status.
 
-    Takes over from the run's own sender if that is still trying after the run has ended.
+    Takes over from the run's own sender if that sender still tries after the end of the run.
 
     Args:
         run_dir: a run's folder, wherever it lies now.
@@ -60,7 +64,9 @@ def sync(run_dir: Path | str, uri: str | None = None) -> Outcome:
     """
     folder = Path(run_dir) / FOLDER
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"{run_dir} is no folder of a tracked run: it has no {FOLDER}/{SETTINGS}")
+        raise UserError(
+            f"{run_dir} is not the folder of a tracked run: it has no {FOLDER}/{SETTINGS}"
+        )
     lock = SenderLock(folder)
     try:
         _take_over(lock, folder)
@@ -72,13 +78,13 @@ def sync(run_dir: Path | str, uri: str | None = None) -> Outcome:
 
 
 def _take_over(lock: SenderLock, folder: Path) -> None:
-    """Acquires `lock`; a follower that has it is asked to end, another `sync` is waited for."""
+    """Acquires `lock`: asks a follower to end, or waits for another `sync`."""
     asked, offset, deadline = 0, None, 0.0
     while not lock.acquire():
         now, reached = time.monotonic(), read_json(folder / SENT).get("offset", 0)
         if reached != offset:
             offset, deadline = reached, now + TAKE_OVER_S
-        training = not _finished(folder) and is_written(folder / SPOOL)
+        training = end_of(folder) is None and is_written(folder / SPOOL)
         pid = holder(folder)
         if pid is not None and (training or now > deadline):
             raise UserError(f"{folder.parent} is being sent by process {pid}; wait for it to end")
@@ -90,7 +96,7 @@ def _take_over(lock: SenderLock, folder: Path) -> None:
 
 
 def _is_follower(pid: int, folder: Path) -> bool:
-    """Whether `pid` is this run's detached sender; it may be of another machine or container."""
+    """Tells whether `pid` is this run's detached sender, and not a process of another machine."""
     try:
         command = psutil.Process(pid).cmdline()
     except psutil.Error:
@@ -99,7 +105,7 @@ def _is_follower(pid: int, folder: Path) -> bool:
 
 
 def _send_all(delivery: Delivery) -> Outcome:
-    sent, reason, attempts = 0, "", 0
+    sent, reason, attempts, before = 0, "", 0, delivery.rejected
     while True:
         try:
             events = delivery.step()
@@ -115,11 +121,13 @@ def _send_all(delivery: Delivery) -> Outcome:
             break
         sent, attempts = sent + len(events), 0
     rejected = delivery.rejected
-    return Outcome(sent - rejected, rejected, delivery.left(), delivery.sent["run_id"], reason)
+    sent -= rejected - before
+    told = refusals(delivery.sent, delivery.folder)
+    return Outcome(sent, rejected, delivery.left(), delivery.sent["run_id"], reason, told)
 
 
 def follow(folder: Path, lock: SenderLock, training: Callable[[], bool], drain_s: float) -> None:
-    """Sends the spool as it grows, until the run ends and all is sent.
+    """Sends the growing spool until the run has ended and everything is sent.
 
     Args:
         folder: `<run_dir>/tracking`.
@@ -137,7 +145,7 @@ def follow(folder: Path, lock: SenderLock, training: Callable[[], bool], drain_s
     wait, retry_at, ended_at, progress_at = 0.0, 0.0, None, time.monotonic()
     while True:
         now = time.monotonic()
-        if ended_at is None and (_finished(folder) or not training()):
+        if ended_at is None and (end_of(folder) or not training()):
             ended_at, retry_at = now, now
             _stop(monitor)
             monitor = None
@@ -178,20 +186,9 @@ def _stop(monitor: Any) -> None:
         monitor.finish()
 
 
-def _finished(folder: Path) -> bool:
-    """Whether the last line of the spool ends the run."""
-    with (folder / SPOOL).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        last = file.read().rstrip(b"\n").rsplit(b"\n", 1)[-1]
-    try:
-        return bool(json.loads(last)["kind"] == "finish")
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def _end_if_killed(delivery: Delivery) -> None:
-    """A training process that was killed wrote no end; MLflow would show it as running."""
-    if delivery.sent["run_id"] and not _finished(delivery.folder):
+    """Ends the MLflow run of a killed training process, which wrote no end itself."""
+    if delivery.sent["run_id"] and end_of(delivery.folder) is None:
         try:
             delivery.run.finish("KILLED", time.time_ns() // 1_000_000)
         except Exception as error:
@@ -217,16 +214,20 @@ def main() -> None:
         except psutil.NoSuchProcess:
             return False
 
-    lock = SenderLock(folder)
-    lock.acquire()  # before the caller goes on, so that it always finds a sender at work
+    waits, acquired = os.pipe()
     if os.fork():
+        os.close(acquired)
+        os.read(waits, 1)  # the caller goes on once there is a sender at work
         os._exit(0)
-    for ignored in (signal.SIGINT, signal.SIGHUP):
+    lock = SenderLock(folder)
+    lock.acquire()
+    os.close(acquired)
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
 
     def leave(*_: object) -> None:
         # A launcher that ends a job signals everything; what the run says last is still to come.
-        if _finished(folder) or not training():
+        if end_of(folder) or not training():
             os._exit(1)  # at once, whatever is under way: who sends next repeats it
 
     signal.signal(signal.SIGTERM, leave)

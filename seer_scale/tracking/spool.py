@@ -1,7 +1,7 @@
-"""The spool: what a run wants to tell MLflow, one JSON object a line, in the run's own folder.
+"""The spool: events for MLflow in the run's own folder, one JSON object per line.
 
-The training process only ever appends to this file. A sender (another process, or `seer-scale sync`
-later) reads it, so no server that is down, slow or wrong can stop or slow the training.
+The training process only appends to this file. A sender (another process, or `seer-scale sync`
+later) reads the file, so a slow, broken or dead server cannot stop or slow the training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seer_scale.storage.atomic import replaced_file
 from seer_scale.tracking.lock import holder, mark_as_written
+from seer_scale.tracking.refusals import refusals
 from seer_scale.tracking.uri import redact
 
 FOLDER = "tracking"
@@ -37,22 +39,22 @@ class Event:
 
     @property
     def kind(self) -> str:
-        """What is told: start, params, metrics, tags, artifact, model, finish or unreadable."""
+        """Kind: start, params, metrics, tags, dataset, artifact, model, finish or unreadable."""
         return str(self.fields.get("kind", "unreadable"))
 
 
 def model_outbox(folder: Path, step: int) -> Path:
-    """Where `<run_dir>/tracking` keeps the model of `step` until it is sent."""
+    """Folder in `<run_dir>/tracking` of the model of `step`, until the model is sent."""
     return folder / "models" / f"step_{step:08d}" / "trunk"
 
 
 def checkpoint_outbox(folder: Path, step: int) -> Path:
-    """Where `<run_dir>/tracking` keeps the copied checkpoint of `step` until it is sent."""
+    """Folder in `<run_dir>/tracking` of the copied checkpoint of `step`, until it is sent."""
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
 def read_events(spool: Path, offset: int) -> Iterator[Event]:
-    """The whole lines from byte `offset` on; a line still being written is left for later."""
+    """Reads the whole lines from byte `offset` on, without a line that is still being written."""
     if not spool.exists():
         return
     with spool.open("rb") as file:
@@ -70,13 +72,12 @@ def read_events(spool: Path, offset: int) -> Iterator[Event]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replaces `path` in one step: a reader sees the old or the new value, never a part."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(fresh, path)
+    with replaced_file(path, writers=2) as fresh:
+        fresh.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty if there is none."""
+    """Reads the object in `path`; empty without a file."""
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -84,12 +85,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class Tracker:
-    """Rank 0's side of tracking: a call appends a line, which takes microseconds.
+def version_of(run_dir: Path, step: int) -> str | None:
+    """Number of the registered version of a run's trunk of `step`; None until it is sent."""
+    newest: dict[str, Any] = read_json(run_dir / FOLDER / SENT).get("version", {})
+    return newest["number"] if newest.get("step") == step else None
 
-    Only `log_model` takes longer: it also links the model's files, or copies them where the file
-    system has no links. A spool that cannot be written (a full disk) costs a warning and the
-    record, not the run.
+
+def end_of(folder: Path) -> str | None:
+    """Status with which the run of a spool ended; None while it goes on, or if it was killed."""
+    try:
+        with (folder / SPOOL).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            last = json.loads(file.read().rstrip(b"\n").rsplit(b"\n", 1)[-1])
+        return str(last["status"]) if last["kind"] == "finish" else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Tracker:
+    """Rank 0's side of tracking; a call appends one line, in microseconds.
+
+    Only `log_model` takes longer: it also links the model's files, or copies them if the file
+    system has no links. A full disk costs a warning and the record, not the run.
     """
 
     def __init__(self, run_dir: Path | str) -> None:
@@ -97,7 +114,9 @@ class Tracker:
         self.folder = self.run_dir / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         self._began = _now()
-        self._file = (self.folder / SPOOL).open("ab", buffering=0)
+        self._file = (self.folder / SPOOL).open(
+            "a+b", buffering=0
+        )  # readable: NFS wants that of a lock
         mark_as_written(self._file)
         self._warned = False
         # A process killed in mid-write leaves half a line; it must not swallow the next one.
@@ -110,7 +129,7 @@ class Tracker:
         return sent.get("run_id") if sent.get("uri") == settings.get("uri") else None
 
     def wait_for_run_id(self, timeout_s: float) -> str | None:
-        """`run_id`, waiting up to `timeout_s` for it, or until the server has failed once."""
+        """Waits for `run_id`, at most `timeout_s` or until the server has failed once."""
         deadline = time.monotonic() + timeout_s
         while (run_id := self.run_id) is None and time.monotonic() < deadline:
             if self._server_fails():
@@ -119,20 +138,32 @@ class Tracker:
         return run_id
 
     def start(self, run_name: str, step: int = 0) -> None:
-        """Says that a process begins this run, or continues it after `step`."""
+        """Records that a process begins this run, or continues the run after `step`."""
         self._append("start", run_name=run_name, step=step, time=_now())
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Parameters of the run; of a resumed run, those that changed become tags."""
+        """Logs parameters of the run; changed parameters of a resumed run become tags."""
         self._append("params", params={key: redact(str(value)) for key, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Values at `step`; numbers or 0-d tensors, not finite ones too."""
+        """Logs values at `step`: numbers or 0-d tensors, finite or not."""
         values = {key: float(value) for key, value in metrics.items()}
         self._append("metrics", step=step, time=_now(), metrics=values)
 
+    def log_dataset(self, path: str, *, digest: str, images: int, used_for: str) -> None:
+        """Logs a collection of images as an input of the run.
+
+        Args:
+            path: local path or address.
+            digest: version of the collection.
+            images: number of its images.
+            used_for: `training` or `validation`.
+        """
+        about = {"path": redact(path), "digest": digest, "images": images, "used_for": used_for}
+        self._append("dataset", dataset=about)
+
     def log_artifact(self, path: Path | str, folder: str = "") -> None:
-        """A file, as it is when it gets sent, into `folder` of the run's artifacts."""
+        """Logs a file to `folder` of the run's artifacts; the file is read when it is sent."""
         self._append("artifact", path=self._relative(path), folder=folder)
 
     def log_model(
@@ -143,9 +174,9 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         aliases: Sequence[str] = (),
     ) -> None:
-        """A trunk that `serving.export_trunk` wrote to `folder`: logged, registered, tagged.
+        """Logs, registers and tags a trunk that `serving.export_trunk` wrote to `folder`.
 
-        MLflow itself resolves the alias `latest` to the newest version; `aliases` are others.
+        MLflow itself resolves the alias `latest` to the newest version; `aliases` are further ones.
         """
         tags = {key: str(value) for key, value in (tags or {}).items()}
         path, time_ms = self._relative(folder), _now()
@@ -158,9 +189,9 @@ class Tracker:
         self._append("model", path=path, step=step, tags=tags, aliases=list(aliases), time=time_ms)
 
     def log_checkpoint(self, folder: Path | str, *, step: int, how: str) -> None:
-        """A whole checkpoint: its path (`reference`), its files (`copy`) or nothing (`none`).
+        """Logs a whole checkpoint: its path (`reference`), its files (`copy`) or nothing (`none`).
 
-        A copy is made of the files' links, so the checkpoint may be pruned before its turn comes.
+        A copy links the files, so the checkpoint may be deleted before the copy is sent.
         """
         if how == "none":
             return
@@ -173,7 +204,7 @@ class Tracker:
         self._append("checkpoint", path=str(path), step=step, how=how)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Tags of the run; a later value replaces an earlier one."""
+        """Sets tags of the run; a later value replaces an earlier one."""
         self._append("tags", tags={key: redact(str(value)) for key, value in tags.items()})
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -181,13 +212,13 @@ class Tracker:
         self._append("finish", status=status, time=_now())
 
     def close(self, status: str = "FINISHED", wait_s: float = 30.0) -> bool:
-        """Ends the run and waits, at most `wait_s`, until all of it was sent.
+        """Ends the run and waits, at most `wait_s`, until everything is sent.
 
-        A server that is failing gets one more attempt of `RETRY_S` seconds and no further wait.
+        A failing server gets one more attempt of `RETRY_S` seconds and no further wait.
 
         Returns:
-            Whether it was; otherwise the sender goes on a while, and `seer-scale sync` sends the
-            rest at any time.
+            True if everything was sent; otherwise the sender continues for a while, and
+            `seer-scale sync` sends the rest at any time.
         """
         if self._file.closed:
             return self.all_sent()
@@ -202,16 +233,24 @@ class Tracker:
         return self.all_sent()
 
     def all_sent(self) -> bool:
-        """Whether a sender has acknowledged the last line of the spool."""
+        """Tells whether a sender has acknowledged the last line of the spool."""
         offset: int = read_json(self.folder / SENT).get("offset", 0)
         return self.run_id is not None and offset >= (self.folder / SPOOL).stat().st_size
 
+    def problem(self) -> str | None:
+        """Says why the last attempt to send failed; None if it did not, or none was made."""
+        return read_json(self.folder / FAILING).get("reason") if self._server_fails() else None
+
+    def refused(self) -> str | None:
+        """Says in a sentence what the server refused for good so far; None if nothing."""
+        return refusals(read_json(self.folder / SENT), self.folder)
+
     def sender_alive(self) -> bool:
-        """Whether some process is sending this spool, or waits to."""
+        """Tells whether a process sends this spool, or waits to send it."""
         return holder(self.folder) is not None
 
     def _server_fails(self) -> bool:
-        """Whether the last attempt to send failed; one before this process began says nothing."""
+        """Tells whether the last attempt to send failed, since this process began."""
         failing, settings = read_json(self.folder / FAILING), read_json(self.folder / SETTINGS)
         since: int = failing.get("time", 0)
         return since >= self._began and failing.get("uri") == settings.get("uri")
@@ -232,48 +271,6 @@ class Tracker:
         absolute = Path(path).resolve()
         inside = absolute.is_relative_to(self.run_dir)
         return str(absolute.relative_to(self.run_dir) if inside else absolute)
-
-
-class NullTracker:
-    """Tracking switched off, or a rank other than 0: the same verbs, no effect."""
-
-    run_id: str | None = None
-
-    def wait_for_run_id(self, timeout_s: float) -> str | None:
-        """None, at once."""
-        return None
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Does nothing."""
-
-    def log_artifact(self, path: Path | str, folder: str = "") -> None:
-        """Does nothing."""
-
-    def log_model(
-        self,
-        folder: Path | str,
-        *,
-        step: int,
-        tags: Mapping[str, Any] | None = None,
-        aliases: Sequence[str] = (),
-    ) -> None:
-        """Does nothing."""
-
-    def log_checkpoint(self, folder: Path | str, *, step: int, how: str) -> None:
-        """Does nothing."""
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """Does nothing."""
-
-    def close(self, status: str = "FINISHED", wait_s: float = 30.0) -> bool:
-        """True: nothing is left to send."""
-        return True
 
 
 def _link(source: str, target: str) -> None:

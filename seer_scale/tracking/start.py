@@ -1,8 +1,7 @@
-"""Starts the tracking of a run: settings, environment, and a sender of its own."""
+"""Starts the tracking of a run: settings, environment and a sender process."""
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import warnings
 from importlib.metadata import distributions
 from pathlib import Path
 
-import seer_scale
+from seer_scale.tracking.children import package_environment
+from seer_scale.tracking.context import context
 from seer_scale.tracking.spool import SETTINGS, Tracker, read_json, write_json
 from seer_scale.tracking.uri import environment, redact, resolve_uri
 
@@ -32,11 +32,11 @@ def start_tracking(
 ) -> Tracker:
     """Opens the spool of `run_dir` and starts a detached process that sends it to MLflow.
 
-    Called by rank 0 only. The same folder continues the same MLflow run; with another `uri` than
-    before the whole spool is sent there, as a new run.
+    Only rank 0 calls this. The same folder continues the same MLflow run; a new `uri` gets the
+    whole spool, as a new run.
 
-    A process that goes back to an older step sends its own values for the steps it repeats. MLflow
-    then holds two points for such a step; the one with the later timestamp is the new attempt's.
+    A process that goes back to an older step sends new values for the repeated steps. MLflow then
+    holds two points for such a step; the later timestamp belongs to the new attempt.
 
     Args:
         run_dir: the run's folder.
@@ -68,14 +68,13 @@ def start_tracking(
     installed = tracker.folder / ENVIRONMENT
     installed.write_text(_environment())
     tracker.start(run_name, first_step)
+    tracker.set_tags(context())
     tracker.log_artifact(installed)
     _start_sender(tracker, full_uri, drain_s)
     return tracker
 
 
 def _start_sender(tracker: Tracker, uri: str, drain_s: float) -> None:
-    root = str(Path(seer_scale.__file__).resolve().parents[1])
-    search = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-P", "-m", "seer_scale.tracking.sender", str(tracker.run_dir)]
     with (tracker.folder / LOG).open("ab") as log:
         try:
@@ -83,7 +82,7 @@ def _start_sender(tracker: Tracker, uri: str, drain_s: float) -> None:
             # do not find the sender in it.
             subprocess.run(
                 [*command, "--drain", str(drain_s)],
-                env={**os.environ, **environment(uri), "PYTHONPATH": os.pathsep.join(search)},
+                env={**package_environment(), **environment(uri)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,7 +1,7 @@
-"""Which MLflow a run talks to, and how its credentials stay out of every file.
+"""Tracking URI of a run; credentials stay out of every file.
 
-Run folders are copied, shared and logged as artifacts, so what they hold of a URI is redacted;
-the sender gets the rest through its environment.
+Run folders are copied, shared and logged as artifacts, so URIs in them are redacted; the sender
+gets the credentials through its environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _QUERY_SECRET = re.compile(r"([?&](?:password|sslpassword|token|secret)=)[^&\s\"
 
 
 def resolve_uri(uri: str | None = None) -> str:
-    """The tracking URI: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
+    """Returns the tracking URI: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
 
     A relative sqlite path is made absolute, so that a run can be sent from any folder later.
 
@@ -31,7 +31,7 @@ def resolve_uri(uri: str | None = None) -> str:
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
     if uri.startswith(_SQLITE):
-        return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).resolve())
+        return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).expanduser().resolve())
     if uri.startswith("databricks") or ("://" in uri and not uri.startswith("file:")):
         return uri
     raise ConfigError(
@@ -41,18 +41,18 @@ def resolve_uri(uri: str | None = None) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` without the user names, passwords and tokens of the URIs in it."""
+    """Removes user names, passwords and tokens from the URIs in `text`."""
     return _QUERY_SECRET.sub(r"\1***", _USERINFO.sub("", text))
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one short line without credentials."""
+    """Message of an exception as one short line without credentials."""
     text = " ".join(redact(str(error)).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def answers(uri: str) -> bool:
-    """Whether a server answers at all, if `uri` is one; spares minutes of MLflow's retries."""
+    """Tells whether the server of `uri` answers, without the minutes of MLflow's retries."""
     if not uri.startswith("http"):
         return True
     try:
@@ -67,8 +67,8 @@ def answers(uri: str) -> bool:
 def environment(uri: str) -> dict[str, str]:
     """Environment variables that tell MLflow `uri` with its credentials.
 
-    Those of a web address go into MLflow's own variables, because MLflow repeats the address in
-    error messages.
+    Credentials of a web address go into MLflow's own variables, because MLflow repeats the
+    address in error messages.
     """
     parts = urlsplit(uri)
     if not uri.startswith("http") or parts.username is None:
@@ -81,6 +81,6 @@ def environment(uri: str) -> dict[str, str]:
 
 
 def with_credentials(redacted: str) -> str:
-    """The URI that `redacted` stands for, when the environment knows it."""
+    """Restores the credentials of a redacted URI from the environment, if they are there."""
     known = os.environ.get("MLFLOW_TRACKING_URI", "")
     return known if redact(known) == redacted else redacted

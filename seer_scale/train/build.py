@@ -1,271 +1,224 @@
-"""From a RunConfig to the parts of a run: the only code below the trainer that knows its keys."""
+"""From a RunConfig to a trainer, in one order of building, and to a whole run.
+
+Only this module and the `build_*` modules beside it know a RunConfig in this package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from seer_scale import distributed
+from seer_scale.checkpoint import CheckpointReader
 from seer_scale.config import RunConfig
-from seer_scale.data import Cache, MicroBatchLoader, MultiCrop, Source, addresses, build_loader
-from seer_scale.data.addresses import is_remote
-from seer_scale.data.cache import default_folder
-from seer_scale.data.shard_manifest import is_manifest
-from seer_scale.errors import ConfigError
-from seer_scale.evaluation.during_training import DuringTraining
-from seer_scale.models import MultiCropModel, build_model
-from seer_scale.models.regnet import trunk_config
-from seer_scale.optim.schedules import learning_rate, scaled_lr, warmup_start
-from seer_scale.parallel.activation_budget import RecomputePlan
-from seer_scale.performance.flops import count_flops
-from seer_scale.performance.hardware import device_name, hardware_of
-from seer_scale.performance.profiler import FOLDER as PROFILE
-from seer_scale.performance.profiler import Profiler
-from seer_scale.performance.shape import regions
-from seer_scale.performance.utilisation import Utilisation
-from seer_scale.tracking import NullTracker, Tracker, start_tracking
-from seer_scale.tracking.uri import redact
-from seer_scale.train.collection import Collection, InUse
+from seer_scale.data import Source, addresses
+from seer_scale.distributed.watchdog import Watchdog
+from seer_scale.models import seeded_values
+from seer_scale.parallel.compile import check_compiler
+from seer_scale.performance.garbage import GarbageCollection
+from seer_scale.tracking.progress import Progress
+from seer_scale.train import attempts
+from seer_scale.train.bad_samples import BadSamples
+from seer_scale.train.build_engine import engine_of, max_nonfinite_of, recompute_plan_of
+from seer_scale.train.build_images import (
+    batches_of,
+    cache_of,
+    check_memory,
+    collection_of,
+    evaluation_of,
+    memory_format_of,
+    transform_of,
+)
+from seer_scale.train.build_model import learning_rate_of, model_of, objective_of
+from seer_scale.train.build_reports import (
+    announce,
+    profiler_of,
+    public,
+    records_of,
+    saves_of,
+    telemetry_of,
+    tracker_of,
+    utilisation_of,
+)
+from seer_scale.train.image_stream import ImageStream
+from seer_scale.train.phases import Phases
+from seer_scale.train.rank_state import seed_rank
+from seer_scale.train.restore import read_state, restore
+from seer_scale.train.rewinds import skip_rewound_images
+from seer_scale.train.settings import TrainSettings
+from seer_scale.train.step_guard import StepGuard
+from seer_scale.train.stopping import Stop, StopSignals
+from seer_scale.train.trainer import Trainer
+
+__all__ = [
+    "batches_of",
+    "cache_of",
+    "check_memory",
+    "learning_rate_of",
+    "memory_format_of",
+    "model_of",
+    "objective_of",
+    "profiler_of",
+    "public",
+    "saves_of",
+    "train",
+    "trainer_of",
+    "transform_of",
+    "utilisation_of",
+]
 
 
-def global_batch(config: RunConfig) -> int:
-    """Images per optimizer step, over all ranks and micro-batches."""
-    train = config.train
-    return train.micro_batch_size * train.gradient_accumulation * distributed.world_size()
-
-
-def model_of(config: RunConfig, device: torch.device) -> MultiCropModel:
-    """The run's model, without values."""
-    model = config.model
-    return build_model(
-        model.trunk,
-        head_dims=model.head_dims,
-        head_batch_norm=model.head_batch_norm,
-        prototypes=model.prototypes,
-        device=device,
-    )
-
-
-def transform_of(config: RunConfig) -> MultiCrop:
-    """The run's multi-crop augmentation."""
-    data = config.data
-    return MultiCrop(
-        data.crop_sizes,
-        data.crop_counts,
-        data.scales,
-        color_distortion=data.color_distortion,
-        blur_probability=data.blur_probability,
-    )
-
-
-def memory_format_of(setting: str, device: torch.device) -> torch.memory_format:
-    """What `train.memory_format` means on `device`.
-
-    By table, not by trying: a choice that two attempts of a run could make differently would end
-    the bitwise equality of a resumed run. docs/performance.md has the measurements.
-    """
-    faster = setting == "auto" and device.type == "cpu"
-    return torch.channels_last if faster or setting == "channels_last" else torch.contiguous_format
-
-
-def cache_of(config: RunConfig) -> Cache | None:
-    """Where the run keeps copies of remote shards; None if it has none."""
-    data = config.data
-    if data.cache_dir is None and not is_remote(data.path) and not is_manifest(data.path):
-        return None
-    folder = Path(data.cache_dir) if data.cache_dir else default_folder()
-    return Cache(folder, int(data.cache_gib * 2**30))
-
-
-def collection_of(
+def train(
     config: RunConfig,
-    source: Source,
     *,
-    saved: InUse | None,
-    saved_run: Path,
-    cursor: int,
-    say: Callable[[str], None],
-) -> Collection:
-    """The collection the run reads from position `cursor` on; see `Collection`."""
-    return Collection(
-        source,
-        path=config.data.path,
-        cache=cache_of(config),
-        run_dir=Path(config.run.dir),
-        refresh=config.data.refresh_every,
-        max_age_days=config.data.max_age_days,
-        saved=saved,
-        saved_run=saved_run,
-        cursor=cursor,
-        say=say,
-    )
-
-
-def batches_of(config: RunConfig, collection: Collection, first_sample: int) -> MicroBatchLoader:
-    """This rank's micro-batches from the stream's position `first_sample` on."""
-    return build_loader(
-        collection.source,
-        transform_of(config),
-        seed=config.run.seed,
-        micro_batch_size=config.train.micro_batch_size,
-        gradient_accumulation=config.train.gradient_accumulation,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        first_sample=first_sample,
-        origin=collection.in_use.origin,
-        window=config.data.window,
-        augment_on=config.data.augment_on,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
-
-
-def evaluation_of(config: RunConfig, device: torch.device) -> DuringTraining | None:
-    """What judges checkpoints during the training; None if nothing does."""
-    evaluation = config.eval
-    if evaluation.every is None:
-        return None
-    assert evaluation.data is not None  # the configuration sees to it
-    return DuringTraining(
-        evaluation.data,
-        size=evaluation.size,
-        k=evaluation.k,
-        temperature=evaluation.temperature,
-        images=evaluation.images,
-        batch=evaluation.batch,
-        prototypes=evaluation.prototypes,
-        device=device,
-    )
-
-
-def learning_rate_of(config: RunConfig, step: int) -> float:
-    """Learning rate of step `step`, counted from 0."""
-    optim = config.optim
-    peak = optim.lr or scaled_lr(optim.base_lr, global_batch(config))
-    end = peak * optim.end_lr_ratio
-    return learning_rate(
-        step,
-        total_steps=config.train.steps,
-        warmup_steps=optim.warmup_steps,
-        start=warmup_start(peak, nodes=distributed.nodes(), floor=end),
-        peak=peak,
-        end=end,
-        schedule=optim.schedule,
-    )
-
-
-def tracker_of(config: RunConfig, first_step: int) -> Tracker | NullTracker:
-    """Tracking of the run on rank 0, from `first_step` on; no effect on other ranks."""
-    tracking = config.tracking
-    if not (tracking.enabled and distributed.is_main()):
-        return NullTracker()
-    assert tracking.registered_name is not None  # the recipe's parser fills it in
-    run_dir = Path(config.run.dir)
-    return start_tracking(
-        run_dir,
-        uri=tracking.uri,
-        experiment=tracking.experiment,
-        registered_name=tracking.registered_name,
-        run_name=run_dir.name,
-        system_metrics=tracking.system_metrics,
-        first_step=first_step,
-    )
-
-
-def utilisation_of(
-    config: RunConfig,
+    ds_config: dict[str, Any] | None,
+    source: Source,
+    resume: CheckpointReader | None,
     device: torch.device,
-    plan: RecomputePlan | None,
-    say: Callable[[str], None],
-) -> Utilisation | None:
-    """The run's operations against its devices' peak; None, and a sentence, if that is unknown."""
-    peak = _peak(config, device)
-    if peak is None:
-        say(
-            f"no mfu: the peak of {device_name(device)} in train.precision="
-            f"{config.train.precision} is not known; run.peak_tflops sets it"
-        )
-        return None
-    model, data, sharding = config.model, config.data, config.sharding
-    trunk = trunk_config(model.trunk)
-    again = regions(
-        sharding.activation_checkpointing,
-        [stage.depth for stage in trunk.stages],
-        sharding.checkpoint_groups,
-        plan.recomputed if plan else frozenset(),
-    )
-    flops = count_flops(
-        trunk,
-        crop_sizes=data.crop_sizes,
-        crop_counts=data.crop_counts,
-        head_dims=model.head_dims,
-        prototypes=model.prototypes,
-        recomputed=[block for region in again for block in region],
-    )
-    return Utilisation(flops.training, flops.training + flops.recompute, peak)
+    warn: Callable[[str], None],
+) -> Stop:
+    """Trains to the last step, or to a signal; every rank calls this function.
 
+    Args:
+        config, ds_config, source, resume, device: arguments of `trainer_of`.
+        warn: tells the user something.
 
-def _peak(config: RunConfig, device: torch.device) -> float | None:
-    """FLOP/s of this rank's device; a CPU's profile is that of one core."""
-    if config.run.peak_tflops is not None:
-        return 1e12 * config.run.peak_tflops
-    hardware = hardware_of(device_name(device))
-    if hardware is None:
-        return None
-    try:
-        peak = hardware.peak(config.train.precision)
-    except ConfigError:  # a precision that the device only emulates
-        return None
-    return peak * (torch.get_num_threads() if device.type == "cpu" else 1)
+    Returns:
+        What stopped the run.
 
-
-def profiler_of(
-    config: RunConfig,
-    device: torch.device,
-    tracker: Tracker | NullTracker,
-    say: Callable[[str], None],
-) -> Profiler:
-    """What profiles this rank; nothing on ranks that `profile.ranks` does not name."""
-
-    def done(files: list[Path], summary: str) -> None:
-        say(summary)
-        for path in files:
-            tracker.log_artifact(path, PROFILE)
-
-    rank, profile = distributed.rank(), config.profile
-    return Profiler(
-        Path(config.run.dir) / PROFILE,
-        profile.steps if rank in profile.ranks else None,
-        rank=rank,
-        device=device,
-        done=done,
-    )
-
-
-def public(config: RunConfig) -> RunConfig:
-    """The configuration as files, MLflow and the log may hold it: no address has its secrets.
-
-    Credentials and signatures of data.path and eval.data have to be given again to `--recipe
-    config.yaml`; those of the tracking server come from the environment too.
+    Raises:
+        UserError: as `attempts.run_attempts` does.
     """
-    data, evaluation, tracking = config.data, config.eval, config.tracking
-    update = {
-        "data": data.model_copy(update={"path": addresses.redact(data.path)}),
-        "eval": evaluation.model_copy(
-            update={"data": evaluation.data and addresses.redact(evaluation.data)}
-        ),
-        "tracking": tracking.model_copy(update={"uri": tracking.uri and redact(tracking.uri)}),
-    }
-    return config.model_copy(update=update)
+
+    def open_trainer(reader: CheckpointReader | None) -> Trainer:
+        return trainer_of(config, ds_config=ds_config, source=source, resume=reader, device=device)
+
+    return attempts.run_attempts(
+        open_trainer,
+        resume,
+        run_dir=Path(config.run.dir),
+        max_rewinds=config.train.max_rewinds,
+        device=device,
+        warn=warn,
+    )
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+def trainer_of(
+    config: RunConfig,
+    *,
+    ds_config: dict[str, Any] | None,
+    source: Source,
+    resume: CheckpointReader | None,
+    device: torch.device,
+) -> Trainer:
+    """Builds one rank's trainer; every rank calls this function.
+
+    Whatever a user may have got wrong is checked before the tracker starts: a refused start must
+    not touch a finished run's record.
+
+    Args:
+        config: configuration of the run.
+        ds_config: resolved DeepSpeed configuration, for strategy `zero`.
+        source: opened training data.
+        resume: checkpoint to resume from, or None.
+        device: device of this rank.
+    """
+    run_dir = Path(config.run.dir)
+    stop_signals = StopSignals()
+    if config.train.compile:
+        check_compiler(device)
+    seed_rank(config.run.seed, distributed.rank())
+    objective = objective_of(config)
+    state = read_state(resume, partial(model_of, config))
+    plan = recompute_plan_of(config)
+    evaluation = evaluation_of(config, device)
+    tracker = tracker_of(config, state.step)
+
+    values = resume.values if resume else partial(seeded_values, seed=config.run.seed)
+    engine = engine_of(config, values, ds_config, device, plan)
+    if resume:
+        restore(resume, engine, objective, device, config.objective.name)
+
+    progress = Progress(config.train.steps, state.step) if distributed.is_main() else None
+    say = progress.say if progress else _silent
+    collection = collection_of(config, source, resume, state, say)
+    skip_rewound_images(run_dir, state, tracker)
+    images = ImageStream(
+        collection,
+        state,
+        partial(batches_of, config),
+        device,
+        memory_format_of(config.train.memory_format, device),
+    )
+
+    guard = StepGuard(
+        engine.model,
+        objective,
+        mads=config.train.spike_mads,
+        skip_spikes=config.train.on_spike == "skip",
+        micro_batches=config.train.gradient_accumulation,
+    )
+    watchdog = Watchdog(60 * config.run.hang_minutes, records=run_dir / "flight_recorder")
+    records = records_of(config, state.step)
+    saves = saves_of(config, tracker, records, say, evaluation)
+    telemetry = telemetry_of(config, device, plan, progress, records, tracker, say)
+    announce(
+        config,
+        tracker,
+        say,
+        step=state.step,
+        ds_config=ds_config,
+        plan=plan,
+        device=device,
+        saved_config=resume.manifest.get("config", {}) if resume else None,
+    )
+    path = addresses.redact(config.data.path)
+    tracker.log_dataset(
+        path if addresses.is_remote(path) else str(Path(path).resolve()),
+        digest=collection.in_use.version,
+        images=len(collection.source),
+        used_for="training",
+    )
+    return Trainer(
+        settings_of(config, ds_config),
+        run_dir=run_dir,
+        device=device,
+        state=state,
+        objective=objective,
+        engine=engine,
+        images=images,
+        guard=guard,
+        bad_samples=BadSamples(config.data.max_bad_fraction),
+        watchdog=watchdog,
+        phase=Phases(device, watchdog, telemetry.profiler),
+        saves=saves,
+        telemetry=telemetry,
+        garbage=GarbageCollection(config.run.gc_every),
+        stop_signals=stop_signals,
+    )
+
+
+def settings_of(config: RunConfig, ds_config: dict[str, Any] | None) -> TrainSettings:
+    """Collects the numbers and choices of the training loop."""
+    train, ranks = config.train, distributed.world_size()
+    made = train.micro_batch_size * train.gradient_accumulation * ranks
+    assert made == train.global_batch, f"this configuration was not resolved for {ranks} ranks"
+    return TrainSettings(
+        steps=train.steps,
+        accumulation=train.gradient_accumulation,
+        global_batch=train.global_batch,
+        learning_rate=partial(learning_rate_of, config),
+        frozen_steps=config.optim.freeze_prototypes_steps,
+        checkpoint_every=config.checkpoint.every,
+        max_nonfinite=max_nonfinite_of(config, ds_config),
+        rewind_on_spike=train.on_spike == "rewind",
+        log_samples=config.run.log_samples,
+    )
+
+
+def _silent(text: str) -> None:
+    """Says nothing: a rank other than 0 tells the user nothing."""

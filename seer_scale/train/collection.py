@@ -1,9 +1,10 @@
-"""The collection a run learns from: which version is in use since when, and when it is read anew.
+"""The collection of images that a run trains on, and its refreshes during the run.
 
-SEER's images expire and are replaced; here a manifest of shards is read again from time to time.
-Rank 0 reads, all ranks change over at the same position of the stream. Every reading is recorded in
-the run's folder with the shards it found, and a checkpoint holds the version in use: a resumed run
-takes the recorded turns again, and reads anew only beyond the last of them.
+SEER's images expire and are replaced (see docs/paper.md); here a manifest of shards is read again
+from time to time. Rank 0 reads the manifest, and all ranks switch at the same position of the
+stream. Every reading is recorded in the run folder with the shards that it found, and a checkpoint
+holds the version in use. A resumed run repeats the recorded switches, and reads the manifest again
+only after the last of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Literal
 from seer_scale import distributed
 from seer_scale.data import Cache, Shard, Source
 from seer_scale.data import shard_manifest as manifests
-from seer_scale.data.tars import TarShards, open_shards
+from seer_scale.data.shard_collections import open_shards
+from seer_scale.data.tars import TarShards
 from seer_scale.errors import CheckpointError, DataError
 
 FOLDER = "manifests"
@@ -28,11 +30,12 @@ RECORD = "refreshes.jsonl"
 
 @dataclass(frozen=True)
 class InUse:
-    """What a checkpoint holds of the collection.
+    """Version of the collection in use, as a checkpoint holds it.
 
     Attributes:
-        version: of the collection.
-        origin: position of the stream at which it came into use: its first epoch begins there.
+        version: version of the collection.
+        origin: position of the stream from which the version is in use; its first epoch begins
+            there.
     """
 
     version: str
@@ -41,7 +44,15 @@ class InUse:
 
 @dataclass(frozen=True)
 class Reading:
-    """A line of refreshes.jsonl: from which position on which version is in use."""
+    """A line of refreshes.jsonl.
+
+    Attributes:
+        samples_seen: position of the stream at which the manifest was read.
+        version: version of the collection from that position on.
+        unix_time: time of the reading, in seconds since 1970.
+        shards: number of shards.
+        images: number of images.
+    """
 
     samples_seen: int
     version: str
@@ -51,23 +62,27 @@ class Reading:
 
 
 class Collection:
-    """The source in use; every rank has one and calls the same verbs.
+    """Holds the source in use; every rank has one and calls the same methods.
 
     Args:
-        source: as opened from `path`.
+        source: source opened from `path`.
         path: `data.path`.
-        cache: of shards from elsewhere.
-        run_dir: where readings are recorded.
-        refresh: every how many steps or hours the manifest is read again, or None.
-        max_age_days: shards that were published longer ago leave, where `refresh` is given.
-        saved: what the checkpoint holds that the run goes on from, or None.
-        saved_run: the run folder that checkpoint is in.
-        cursor: position of the stream the run begins at.
+        cache: cache for copies of remote shards, or None.
+        run_dir: run folder, where readings are recorded.
+        refresh: steps or hours between two readings of the manifest; None for one reading.
+        max_age_days: with `refresh`, shards that were published longer ago are dropped.
+        saved: collection in the checkpoint from which the run resumes, or None.
+        saved_run: run folder of that checkpoint.
+        cursor: position of the stream at which the run begins.
         say: tells the user something, on rank 0.
 
+    Attributes:
+        source: source in use.
+        in_use: version of the collection in use.
+
     Raises:
-        DataError: if `refresh` is given and `path` is no manifest, or no shard is young enough.
-        CheckpointError: if the shards that the checkpoint was made with are no longer known.
+        DataError: if `refresh` is given and `path` is not a manifest, or every shard is too old.
+        CheckpointError: if the shards of the checkpoint's version are no longer known.
     """
 
     def __init__(
@@ -90,15 +105,15 @@ class Collection:
         self._is_manifest = manifests.is_manifest(path)
         if refresh and not self._is_manifest:
             raise DataError(
-                f"data.refresh is given, but data.path={path} is no manifest of shards that could "
-                "be read again: give a .jsonl or .parquet file, or set data.refresh=null"
+                f"data.refresh is given, but data.path={path} is not a manifest of shards: give a "
+                ".jsonl or .parquet file, or set data.refresh=null"
             )
-        self._recorded = self._read_record(saved_run, saved, cursor)  # rank 0's; oldest first
+        self._recorded = self._read_record(saved_run, saved, cursor)  # on rank 0; oldest first
         self.in_use = self._begin(saved, saved_run, cursor)
         self._last_read = time.monotonic()
 
     def due(self, step: int, cursor: int) -> bool:
-        """On rank 0, whether the manifest is to be read after `step`; False elsewhere."""
+        """Whether rank 0 wants the manifest read after `step`; False on other ranks."""
         if self._refresh is None or not distributed.is_main():
             return False
         if self._turns(cursor):
@@ -107,14 +122,16 @@ class Collection:
         if unit == "steps":
             return step % every == 0
         if self._recorded:
-            return False  # what was read when, is known
+            return False  # the recorded readings come first
         return time.monotonic() - self._last_read >= 3600 * every
 
     def refresh(self, cursor: int) -> bool:
-        """Reads the manifest, or takes the turn that is recorded; whether the source is another.
+        """Reads the manifest, or repeats a recorded switch; every rank calls at the same `cursor`.
 
-        Every rank calls it at the same `cursor`. A manifest that cannot be read, or that holds
-        nothing, keeps the present collection, with a warning.
+        If the manifest is empty or cannot be read, the present collection stays, with a warning.
+
+        Returns:
+            Whether the source has changed.
         """
         shards = None
         if distributed.is_main():
@@ -175,8 +192,8 @@ class Collection:
         self.in_use = InUse(manifests.version_of(shards), origin)
 
     def _opened_shards(self) -> list[Shard]:
-        """What the manifest held when it was opened: it need not be read a second time."""
-        assert isinstance(self.source, TarShards)  # as every manifest is
+        """Returns the shards that were read when the manifest was opened."""
+        assert isinstance(self.source, TarShards)  # every manifest is opened as tar shards
         return self.source.shards
 
     def _read_manifest(self) -> list[Shard]:
@@ -200,7 +217,7 @@ class Collection:
         return [reading for reading in self._recorded if reading.samples_seen <= cursor]
 
     def _read_record(self, saved_run: Path, saved: InUse | None, cursor: int) -> list[Reading]:
-        """Turns after `cursor` that the run has taken before; a run from the start has none."""
+        """Reads the switches after `cursor` that the run made earlier; a new run has none."""
         if not distributed.is_main():
             return []
         path = self._run_dir / RECORD
@@ -213,7 +230,7 @@ class Collection:
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 lines.append(json.loads(line))
-            except ValueError:  # of a run that was killed while it wrote
+            except ValueError:  # the run was killed while it wrote this line
                 break
         return [entry for line in lines if (entry := Reading(**line)).samples_seen > cursor]
 
@@ -226,7 +243,7 @@ class Collection:
             file.write(json.dumps(asdict(reading)) + "\n")
 
     def _keep(self, shards: list[Shard]) -> str:
-        """Writes the shards under their version into the run's folder; the version."""
+        """Writes the shards to the run folder, and returns their version, which names the file."""
         version = manifests.version_of(shards)
         path = self._run_dir / FOLDER / f"{version}.jsonl"
         if not path.exists():
@@ -239,8 +256,8 @@ class Collection:
         shards = manifests.read_shards(str(path)) if path.exists() else self._read_manifest()
         if manifests.version_of(shards) != version:
             raise CheckpointError(
-                f"the checkpoint was made with version {version} of the collection, which is "
-                f"neither in {path} nor what data.path={self._path} holds now: bring that file "
-                "back, or start a new run from the checkpoint's trunk"
+                f"the checkpoint was made with version {version} of the collection, but neither "
+                f"{path} nor data.path={self._path} holds that version now: restore the file, or "
+                "start a new run from the checkpoint's trunk"
             )
         return shards

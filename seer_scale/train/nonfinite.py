@@ -1,9 +1,10 @@
-"""A loss that is not finite: on which ranks, of which images, and a dump of what they computed."""
+"""Losses that are not finite: whose they are, and a dump of what the ranks computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +13,32 @@ from seer_scale import distributed
 from seer_scale.data import MicroBatch
 from seer_scale.storage.tensor_file import Kind, write_tensors
 
-SHOWN = 16  # sample ids that a sentence names, of each rank
+SHOWN = 16  # sample ids per rank in a message
 
 
-def culprits(micro_batches: Sequence[MicroBatch], losses: Sequence[Tensor]) -> str:
-    """The ranks whose losses are not finite, with their samples; every rank calls it.
+class Computed(NamedTuple):
+    """Results of one micro-batch of this rank.
+
+    Attributes:
+        batch: the micro-batch.
+        loss: its loss, [].
+        scores: its scores, [crops * B + queue, K].
+    """
+
+    batch: MicroBatch
+    loss: Tensor
+    scores: Tensor
+
+
+def culprits(step: Sequence[Computed]) -> str:
+    """Names the ranks whose losses are not finite, with their samples; every rank calls this.
 
     Args:
-        micro_batches: of this rank's step.
-        losses: one of each, [].
+        step: the micro-batches of this rank's step.
     """
     bad = [
         sample
-        for batch, loss in zip(micro_batches, losses, strict=True)
+        for batch, loss, _ in step
         if not torch.isfinite(loss)
         for sample in batch.sample_ids.tolist()
     ]
@@ -34,26 +48,28 @@ def culprits(micro_batches: Sequence[MicroBatch], losses: Sequence[Tensor]) -> s
             more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
             shown = ", ".join(map(str, samples[:SHOWN]))
             found.append(f"rank {rank} (samples {shown}{more})")
-    return ", ".join(found) or "no rank: the losses are finite, their gradient is not"
+    return ", ".join(found) or "no rank: every loss is finite, but the gradient is not"
 
 
-def dump(
-    folder: Path,
-    micro_batches: Sequence[MicroBatch],
-    losses: Sequence[Tensor],
-    scores: Sequence[Tensor],
-) -> str | None:
-    """Writes `folder/rank_R.safetensors`; every rank calls it. Why it could not, if it could not.
+def dump(folder: Path, step: Sequence[Computed]) -> str | None:
+    """Writes `folder/rank_R.safetensors` on every rank; every rank calls this function.
 
-    By number M of the micro-batch and R of the resolution: `sample_ids.M` [B] int64, `loss.M` [],
-    `scores.M` [crops * B + queue, K], `crops.M.R` [count * B, 3, size, size] float32 as the model
-    got them.
+    The keys end in the number M of the micro-batch and the number R of the resolution:
+    `sample_ids.M` [B] int64, `loss.M` [], `scores.M` [crops * B + queue, K], and `crops.M.R`
+    [count * B, 3, size, size] float32 as the model got them.
+
+    Args:
+        folder: folder to create.
+        step: the micro-batches of this rank's step.
+
+    Returns:
+        Why a rank could not write its file; None if all could.
     """
     tensors: dict[str, Tensor] = {}
-    for number, batch in enumerate(micro_batches):
+    for number, (batch, loss, scores) in enumerate(step):
         tensors[f"sample_ids.{number}"] = batch.sample_ids
-        tensors[f"loss.{number}"] = losses[number]
-        tensors[f"scores.{number}"] = scores[number]
+        tensors[f"loss.{number}"] = loss
+        tensors[f"scores.{number}"] = scores
         for resolution, crops in enumerate(batch.crops):
             tensors[f"crops.{number}.{resolution}"] = crops
     kinds = {key: Kind.of(tensor) for key, tensor in tensors.items()}

@@ -1,6 +1,6 @@
-"""What every rank has of its own, beside its slices: random generators, the objective's queue.
+"""The state that each rank has beside its slices: random generators and the objective's queue.
 
-A step itself draws no random numbers (data are keyed by sample); an installed objective may.
+A step itself draws no random numbers, since data are keyed by sample; an installed objective may.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _OBJECTIVE = "objective."
 
 
 def seed_rank(seed: int, rank: int) -> None:
-    """Seeds torch's generators, differently on every rank."""
+    """Seeds torch's random generators, differently on every rank."""
     torch.manual_seed((seed << 20) + rank)
 
 
 def rank_state(objective: Objective, device: torch.device) -> dict[str, Tensor]:
-    """This rank's own tensors, for a checkpoint."""
+    """Collects this rank's own tensors for a checkpoint."""
     state = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -32,42 +32,51 @@ def rank_state(objective: Objective, device: torch.device) -> dict[str, Tensor]:
 
 
 def load_rank_state(
+    state: Mapping[str, Tensor], objective: Objective, device: torch.device
+) -> None:
+    """Restores the result of `rank_state` of this rank, on the number of ranks that saved it."""
+    torch.set_rng_state(state["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
+    if hasattr(objective, "load_state_dict"):
+        objective.load_state_dict(_own(state, device))
+
+
+def reshard_state(
     states: Sequence[Mapping[str, Tensor]],
     objective: Objective,
     device: torch.device,
-    *,
     rank: int,
     world_size: int,
 ) -> bool:
-    """Puts `rank_state` back, also on another number of ranks; whether all of it could be.
+    """Restores the objective's state on another number of ranks than saved it.
+
+    Random generators stay as `seed_rank` left them. An objective without `reshard` starts with an
+    empty state.
 
     Args:
-        states: of every rank that saved, in rank order.
-        objective: whose state it is.
-        device: of this rank.
-        rank: this one.
-        world_size: ranks there are now. Where it differs from then, generators stay as
-            `seed_rank` left them, and an objective that cannot `reshard` starts afresh.
+        states: saved tensors of every rank, in rank order.
+        objective: objective whose state is restored.
+        device: device of this rank.
+        rank: this rank.
+        world_size: number of ranks now.
+
+    Returns:
+        False if the objective had a state that could not be restored.
     """
-    same = len(states) == world_size
-    if same:
-        torch.set_rng_state(states[rank]["rng.cpu"])
-        if device.type == "cuda" and "rng.cuda" in states[rank]:
-            torch.cuda.set_rng_state(states[rank]["rng.cuda"], device)
-    own = [
-        {
-            key.removeprefix(_OBJECTIVE): value.to(device)
-            for key, value in state.items()
-            if key.startswith(_OBJECTIVE)
-        }
-        for state in states
-    ]
     if not hasattr(objective, "load_state_dict"):
         return True
-    if same:
-        objective.load_state_dict(own[rank])
-    elif hasattr(objective, "reshard"):
-        objective.load_state_dict(objective.reshard(own, rank, world_size))
-    else:
+    own = [_own(state, device) for state in states]
+    if not hasattr(objective, "reshard"):
         return not any(own)
+    objective.load_state_dict(objective.reshard(own, rank, world_size))
     return True
+
+
+def _own(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Returns the tensors of the objective, without the prefix of their names."""
+    return {
+        key.removeprefix(_OBJECTIVE): value.to(device)
+        for key, value in state.items()
+        if key.startswith(_OBJECTIVE)
+    }

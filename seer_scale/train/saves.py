@@ -1,128 +1,131 @@
-"""The checkpoints of a run: begun between two steps, told to the tracker once they are whole."""
+"""The checkpoints of a run: started between two steps, tracked once they are whole."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
 from seer_scale import distributed
 from seer_scale.checkpoint import Outcome, Saver, checkpoint_folder
-from seer_scale.config import RunConfig
-from seer_scale.errors import CheckpointError
 from seer_scale.evaluation.during_training import DuringTraining, sheet_of
 from seer_scale.parallel.engine import Engine
+from seer_scale.serving import WEIGHTS
 from seer_scale.tracking import NullTracker, Tracker
 from seer_scale.tracking.records import EVALUATED, Records
-from seer_scale.train import build
-from seer_scale.train.collection import InUse
-from seer_scale.train.spikes import WINDOW
+from seer_scale.train.state import TrainState
+
+# Seconds for the trunk of the last checkpoint before the machines go: launchers kill what is still
+# there after 30 s, and a killed run has no exit status that starts it again.
+LEAVING_TRUNK_S = 5.0
+# A trunk above this size is registered only where somebody may look at it; see `Saves._registers`.
+SMALL_TRUNK_BYTES = 1 << 30
 
 
-@dataclass
-class TrainState:
-    """How far the run is; all of it is in every checkpoint."""
+@dataclass(frozen=True)
+class SaveSettings:
+    """Settings of a run's checkpoints.
 
-    step: int = 0
-    samples_seen: int = 0
-    best_loss: float = math.inf  # smallest mean loss between two checkpoints
-    collection: InUse | None = None  # what is read, and since when
-    losses: list[float] = field(default_factory=list)  # the last ones, that spikes are held against
+    Attributes:
+        trunk: name of the trunk, a tag of every model.
+        objective: name of the objective, a tag of every model.
+        strategy: sharding strategy, a tag of every model.
+        config: the configuration without secrets, section by section, for manifests.
+        last_step: last step of the run, whose checkpoint is evaluated if any is.
+        keep: number of the newest checkpoints that stay.
+        keep_every: checkpoints at multiples of these steps stay for good; None for none.
+        evaluate_every: steps between two evaluations; None for none.
+        artifact: part of a checkpoint that the tracker gets; see `Tracker.log_checkpoint`.
+        log_models: whether the tracker gets trunks as models: of every checkpoint, or if they are
+            large of those that are evaluated, kept for good or the last.
+    """
 
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any], folder: Path) -> Self:
-        """The state that a checkpoint's manifest holds."""
-        try:
-            state = dict(manifest["state"])
-            in_use = state.pop("collection")
-            found = cls(**state, collection=in_use and InUse(**in_use))
-            numbers = [found.step, found.samples_seen]
-            if found.collection:
-                numbers.append(found.collection.origin)
-            if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
-                raise ValueError(f"{numbers} should be integers >= 0")
-            if type(found.best_loss) is not float or not all(map(math.isfinite, found.losses)):
-                raise ValueError("losses should be numbers")
-            return found
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CheckpointError(f"{folder}: the manifest's state is damaged ({error})") from None
-
-    def advance(self, images: int) -> None:
-        """One more step of `images` images."""
-        self.step += 1
-        self.samples_seen += images
-
-    def observe(self, loss: float) -> None:
-        """Takes in a step's loss, which is finite."""
-        self.losses = [*self.losses, loss][-WINDOW:]
+    trunk: str
+    objective: str
+    strategy: str
+    config: Mapping[str, Any]
+    last_step: int
+    keep: int
+    keep_every: int | None
+    evaluate_every: int | None
+    artifact: str
+    log_models: bool
 
 
 class Saves:
-    """Begins saves and sees to what follows from them; every rank has one.
+    """Starts saves, and evaluates and tracks the checkpoints; every rank has one.
 
     Args:
-        config: of the run.
-        tracker: is given every checkpoint, and its trunk as a model.
-        records: on rank 0; draw the curve anew with every checkpoint.
+        folder: folder of the run's checkpoints.
+        settings: settings of the checkpoints.
+        tracker: receives every checkpoint, and its trunk as a model.
+        records: files of rank 0, whose curve is drawn again with every checkpoint; else None.
         say: tells the user something, on rank 0.
-        evaluation: judges checkpoints, if `eval.every` asks for it; then `best` follows it.
+        evaluation: judges checkpoints, and thereby which one is best. Without an evaluation the
+            best checkpoint is the one with the smallest loss.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        folder: Path,
+        settings: SaveSettings,
         tracker: Tracker | NullTracker,
         records: Records | None,
         say: Callable[[str], None],
         evaluation: DuringTraining | None = None,
     ) -> None:
-        self._config, self._tracker, self._records, self._say = config, tracker, records, say
+        self._settings, self._tracker, self._records, self._say = settings, tracker, records, say
         self._evaluation = evaluation
         self._best_score = records.best_evaluation() if records else -math.inf
         self._saver = Saver(
-            Path(config.run.dir) / "checkpoints",
-            trunk=config.model.trunk,
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
+            folder, trunk=settings.trunk, keep=settings.keep, keep_every=settings.keep_every
         )
-        self._losses: list[float] = []  # since the last checkpoint
-        self._tags: dict[int, dict[str, Any]] = {}  # of checkpoints under way, by step
-        self._problem: str | None = None  # of the last checkpoint
+        self._losses: list[float] = []  # losses since the last checkpoint
+        self._tags: dict[int, dict[str, Any]] = {}  # step -> tags of a checkpoint under way
+        self._problem: str | None = None  # why the last checkpoint was not written
         self._metrics: dict[str, float] = {}
 
     def observe(self, loss: float) -> None:
-        """Takes in the loss of a step: the mean between two checkpoints says which is best."""
+        """Adds the loss of a step to the mean that decides which checkpoint is best."""
         self._losses.append(loss)
 
     def start(
-        self, state: TrainState, engine: Engine, own: Mapping[str, Tensor], *, urgent: bool
+        self,
+        state: TrainState,
+        engine: Engine,
+        own: Mapping[str, Tensor],
+        *,
+        urgent: bool,
+        leaving: bool = False,
     ) -> None:
-        """Starts a checkpoint; returns while it is being written, and then needs `before_update`.
+        """Starts a checkpoint and returns while it is written; then call `before_update`.
 
         Args:
-            state: how far the run is; its best loss is brought up to date.
-            engine: whose slices are saved.
-            own: what this rank has of its own.
-            urgent: the training has nothing else to do.
+            state: progress of the run, whose best loss is updated.
+            engine: engine whose slices are saved.
+            own: tensors of this rank alone; see `rank_state`.
+            urgent: whether the training has nothing else to do meanwhile.
+            leaving: whether the machines are about to be taken away. Then the checkpoint is owed,
+                and its trunk only if that takes `LEAVING_TRUNK_S`.
         """
         began = time.perf_counter()
-        # Where no step had a finite loss nothing is known, and such a checkpoint is not the best.
+        # A checkpoint before which no step had a finite loss is not the best.
         loss = sum(self._losses) / len(self._losses) if self._losses else math.inf
         best = loss < state.best_loss and self._evaluation is None
         state.best_loss = min(loss, state.best_loss)
         self._losses = []
-        if distributed.is_main():  # which alone hears how saves ended
+        if distributed.is_main():  # only rank 0 learns how saves ended
             self._tags[state.step] = {
                 **({"loss": f"{loss:.6g}"} if math.isfinite(loss) else {}),
                 "samples_seen": state.samples_seen,
-                "trunk": self._config.model.trunk,
-                "objective": self._config.objective.name,
-                "strategy": self._config.sharding.strategy,
+                "trunk": self._settings.trunk,
+                "objective": self._settings.objective,
+                "strategy": self._settings.strategy,
                 "best": best,
             }
         self._saver.save(
@@ -134,36 +137,38 @@ class Saves:
             manifest={
                 "state": asdict(state),
                 "loss_scale": engine.loss_scale and engine.loss_scale.state(),
-                "config": build.public(self._config).model_dump(mode="json"),
+                "config": self._settings.config,
             },
             in_place=engine.slices_stay,
             urgent=urgent,
+            trunk_s=LEAVING_TRUNK_S if leaving else math.inf,
         )
         self._metrics["checkpoint_stall"] = time.perf_counter() - began
 
     def before_update(self) -> None:
-        """Call before the engine updates: a save under way copies what it has not written yet."""
+        """Copies what a save under way has not written yet; call before the engine updates."""
         began = time.perf_counter()
         self._saver.before_update()
         if "checkpoint_stall" in self._metrics:
             self._metrics["checkpoint_stall"] += time.perf_counter() - began
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the checkpoint of this step is to be judged."""
-        every = self._config.eval.every
-        return every is not None and (step % every == 0 or step == self._config.train.steps)
+        """Whether the checkpoint of this step is due for evaluation."""
+        every = self._settings.evaluate_every
+        return every is not None and (step % every == 0 or step == self._settings.last_step)
 
     def evaluate(self, step: int) -> None:
-        """Judges the checkpoint that was started last, once it is whole; every rank calls it."""
+        """Evaluates the newest checkpoint once it is whole; every rank calls this method."""
         assert self._evaluation is not None
         self._saver.wait()
         folder = checkpoint_folder(self._saver.root, step)
-        if not distributed.broadcast_object(folder.is_dir()):
-            return  # `settle` says why
+        if not distributed.broadcast_object((folder / "trunk").is_dir()):
+            return  # `settle` tells the user why
         found = self._evaluation.judge(folder)
-        if self._records:
+        if self._records and found:
             self._records.metrics(step, found)
             self._tracker.log_metrics(found, step)
+        if self._records and EVALUATED in found:
             score = found[EVALUATED]
             self._tags[step] |= {EVALUATED.replace("/", "_"): f"{score:.6g}"}
             self._tags[step]["best"] = score > self._best_score
@@ -173,18 +178,24 @@ class Saves:
                 self._tracker.log_artifact(sheet, folder=sheet.parent.name)
 
     def metrics(self) -> dict[str, float]:
-        """For the next step's line: how long saves held up the training, and took."""
+        """Returns metrics of saves for the next step's line, in seconds."""
         found, self._metrics = self._metrics, {}
         return found
 
     def settle(self) -> None:
-        """On rank 0, what follows from saves that have ended."""
+        """Reports and tracks saves that have ended; without effect on ranks other than 0."""
         for outcome in self._saver.outcomes():
             tags, self._problem = self._tags.pop(outcome.step), outcome.problem
             if outcome.left_behind:
                 self._say(
                     f"warning: an older checkpoint could not be deleted ({outcome.left_behind}); "
-                    "it is in the way of nothing but room"
+                    "it takes up space, but does no other harm"
+                )
+            if outcome.without_trunk:
+                self._say(
+                    f"warning: the checkpoint of step {outcome.step} is whole, but has no trunk/ "
+                    f"({outcome.without_trunk}): resume from it as ever; `seer-scale checkpoint "
+                    "consolidate` makes weights of it for convert and evaluate"
                 )
             if outcome.problem is None:
                 self._metrics["checkpoint_seconds"] = outcome.seconds
@@ -196,14 +207,14 @@ class Saves:
                 )
 
     def finish(self) -> str | None:
-        """Waits for the last save on every rank; why it failed, if it did."""
+        """Waits for the last save on every rank; returns why the save failed, or None."""
         self._saver.wait()
         self.settle()
         problem: str | None = distributed.broadcast_object(self._problem)
         return problem
 
     def close(self) -> None:
-        """Gives a save that is under way a few seconds; no collective, for failing runs too."""
+        """Gives a save under way a few seconds; uses no collective, so failing runs may call it."""
         self._saver.close()
         self.settle()
 
@@ -211,12 +222,26 @@ class Saves:
         best = tags.pop("best")
         if self._records:
             self._records.draw_curve()
-        how = self._config.tracking.checkpoints
+        how = self._settings.artifact
         self._tracker.log_checkpoint(saved.folder, step=saved.step, how=how)
-        if self._config.tracking.log_models:
+        if saved.without_trunk is None and self._registers(saved):
             self._tracker.log_model(
                 saved.folder / "trunk",
                 step=saved.step,
                 tags=tags,
                 aliases=["best"] if best else [],
             )
+
+    def _registers(self, saved: Outcome) -> bool:
+        """Whether the trunk of a checkpoint becomes a model.
+
+        Models are never deleted: RG-10B's trunk of 36 GiB, saved every 100 steps, would make 45 TB
+        in a run.
+        """
+        if not self._settings.log_models:
+            return False
+        if (saved.folder / "trunk" / WEIGHTS).stat().st_size <= SMALL_TRUNK_BYTES:
+            return True
+        every, step = self._settings.keep_every, saved.step
+        kept = every is not None and step % every == 0
+        return kept or self.evaluation_due(step) or step == self._settings.last_step

@@ -1,4 +1,4 @@
-"""When a loss counts as a spike: far above the middle of the losses before it."""
+"""The definition of a spike: a loss far above the median of the losses before it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-WINDOW = 64  # losses that a spike is held against; before there are so many, none is one
-LEAST = 0.005  # of the median, the smallest spread that is reckoned with
+WINDOW = 64  # losses to compare with; until so many are known, no loss counts as a spike
+LEAST = 0.005  # smallest spread, as a share of the median
 
 
 class Spike(NamedTuple):
-    """The step that a rewind answers, and the position of the stream after it."""
+    """A loss that jumped and sends the run back.
+
+    Attributes:
+        step: step of the loss.
+        loss: the loss.
+        threshold: threshold that the loss exceeded.
+        samples_seen: position in the stream of images after the step.
+    """
 
     step: int
     loss: float
@@ -21,15 +28,16 @@ class Spike(NamedTuple):
 
 
 def spike_threshold(losses: Sequence[float], mads: float) -> float:
-    """The loss above which a step is a spike; infinite until `WINDOW` losses are known.
+    """Returns the loss above which a step is a spike; infinity until `WINDOW` losses are known.
 
-    median + mads * max(MAD, 0.005 * |median|) of the last `WINDOW` losses, where MAD is the median
-    distance from their median (for a normal distribution 0.67 standard deviations). Neither follows
-    a few outliers; on a plateau, where losses hardly differ, a spike is at least 0.5 % a MAD.
+    The threshold is median + mads * max(MAD, 0.005 * |median|) of the last `WINDOW` losses. MAD is
+    the median absolute deviation, 0.67 standard deviations of a normal distribution. A few outliers
+    change neither. The second term of the maximum keeps the threshold away from the median on a
+    plateau, where losses hardly differ.
 
     Args:
-        losses: finite, oldest first, of the steps before.
-        mads: of `train.spike_mads`.
+        losses: finite losses of the steps before, oldest first.
+        mads: `train.spike_mads`.
     """
     last = losses[-WINDOW:]
     if len(last) < WINDOW:

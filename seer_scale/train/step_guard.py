@@ -1,9 +1,10 @@
-"""Steps that must not count: a loss that is not finite, and with `on_spike=skip` one that jumps.
+"""A guard over steps that must not count: losses that are not finite, and spikes to be skipped.
 
-The host learns a step's loss after the update is under way. So a loss that must not count gets a
-gradient that is NaN, the average over ranks makes it everybody's, and the optimizer, which sees the
-norms of all tensors on every rank, leaves weights and momentum as they are. What the forward pass
-has moved (running statistics, a queue) is put back once the host knows.
+The host learns the loss of a step only after the update has started. Therefore a loss that must not
+count gets a gradient of NaN. The average over ranks carries the NaN to every rank, and the
+optimizer, which knows the norms of all tensors on every rank, leaves weights and momentum as they
+are. Once the host knows, the guard restores what the forward pass has changed: running statistics
+and the objective's queue.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ from seer_scale.train.spikes import spike_threshold
 
 
 class Verdict(Enum):
-    """What a step was; the same on every rank."""
+    """Verdict on a step; the same on every rank."""
 
     GOOD = "good"
-    NONFINITE = "its loss or its gradient is not finite"  # and its update was skipped
-    SPIKE = "its loss jumped"  # and its update was made
+    NONFINITE = "its loss or its gradient is not finite"  # the update was skipped
+    SPIKE = "its loss jumped"  # the update was made
     SKIPPED_SPIKE = "its loss jumped, and its update was skipped"
 
 
 class StepGuard:
-    """Watches over the steps of one rank.
+    """Guards the steps of one rank.
 
     Args:
-        model: whose buffers a step moves.
-        objective: whose state it moves, if it has one.
-        mads: distance from the usual loss that is a spike; see `spike_threshold`.
-        skip_spikes: whether their updates are skipped. Costs an all-reduce of one number before
-            the last backward pass of a step, and no wait.
-        micro_batches: of a step.
+        model: model whose buffers are restored after a skipped step.
+        objective: objective whose state, if any, is restored after a skipped step.
+        mads: distance between a spike and the median loss; see `spike_threshold`.
+        skip_spikes: whether updates of spikes are skipped. This costs an all-reduce of one number
+            before the last backward pass of a step, and no wait.
+        micro_batches: micro-batches per step.
+
+    Attributes:
+        threshold: loss above which the present step is a spike.
+        nonfinite: consecutive non-finite steps up to now.
     """
 
     def __init__(
@@ -57,11 +62,11 @@ class StepGuard:
         self._mads, self._skip_spikes = mads, skip_spikes
         self._micro_batches = micro_batches
         self.threshold = math.inf
-        self.nonfinite = 0  # steps in a row
+        self.nonfinite = 0
 
     @torch.no_grad()
     def begin(self, losses: Sequence[float]) -> None:
-        """Call before a step, with the finite losses of those before it."""
+        """Prepares for a step; `losses` are the finite losses of the steps before, oldest first."""
         self.threshold = spike_threshold(losses, self._mads)
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
@@ -70,11 +75,11 @@ class StepGuard:
             self._own = {key: value.detach().clone() for key, value in own.items()}
 
     def gate(self, loss: Tensor, so_far: Tensor | None) -> Tensor:
-        """`loss`, with a gradient that is NaN if the step must not count; the host does not wait.
+        """Returns `loss` with a gradient of NaN if the step must not count; the host does not wait.
 
         Args:
-            loss: of this rank's micro-batch.
-            so_far: at the last micro-batch of a step the sum of all its losses, else None.
+            loss: loss of this rank's micro-batch, [].
+            so_far: at the last micro-batch of a step the sum of this rank's losses, []; else None.
         """
         factor = 1 + 0 * loss.detach()  # NaN where the loss is infinite or NaN
         if self._skip_spikes and so_far is not None:
@@ -84,12 +89,13 @@ class StepGuard:
         return loss * factor
 
     def judge(self, loss: float, grad_norm: float, *, overflow: bool) -> Verdict:
-        """Call once the step's means are known; puts back what a skipped step has moved.
+        """Judges a step, and restores what the forward passes of a skipped step have changed.
 
         Args:
-            loss: mean over all ranks.
-            grad_norm: not finite if the update was skipped, on every rank.
-            overflow: the loss scale has skipped it; with a finite loss that is an ordinary event.
+            loss: mean loss over all ranks.
+            grad_norm: norm of the gradient; not finite on any rank if the update was skipped.
+            overflow: whether the loss scale of float16 has skipped the update. With a finite loss
+                such a step is good.
         """
         skipped, spike = not math.isfinite(grad_norm), loss > self.threshold
         if not math.isfinite(loss) or (skipped and not spike and not overflow):

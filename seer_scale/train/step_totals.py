@@ -1,4 +1,4 @@
-"""What a step adds up to, over its micro-batches and over the ranks: one all-reduce, one wait."""
+"""Totals of a step over micro-batches and ranks, by one all-reduce and one wait."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from seer_scale.train.stopping import Stop
 
 
 class Totals(NamedTuple):
-    """The same on every rank.
+    """Totals of a step, the same on every rank.
 
     Attributes:
-        means: of the loss and the objective's metrics, over ranks and micro-batches.
-        grad_norm: of the step.
-        bad: images that could not be used.
-        work: seconds that every rank worked, in the step before.
-        stop: the most that any rank was asked for.
-        refresh: whether any rank wants the manifest read.
+        means: means of the loss and of the objective's metrics over ranks and micro-batches.
+        grad_norm: norm of the step's gradient.
+        bad: number of images that could not be used.
+        work: seconds that each rank worked in the step before, in rank order.
+        stop: strongest wish to stop of any rank.
+        refresh: whether any rank wants the manifest of shards read.
     """
 
     means: dict[str, float]
@@ -33,11 +33,11 @@ class Totals(NamedTuple):
 
 
 class StepTotals:
-    """Takes in the metrics of a step's micro-batches; every rank has the same ones.
+    """Adds up the metrics of a step's micro-batches; every rank adds metrics of the same names.
 
     Args:
-        device: of this rank, where they add up without a wait.
-        micro_batches: of a step.
+        device: device of this rank, where sums are kept so that the host does not wait.
+        micro_batches: micro-batches per step.
     """
 
     def __init__(self, device: torch.device, micro_batches: int) -> None:
@@ -45,27 +45,29 @@ class StepTotals:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """One micro-batch's, each a number or [] tensor."""
+        """Adds the metrics of one micro-batch, each a number or a tensor of shape []."""
         for name, value in metrics.items():
             if not isinstance(value, Tensor):
                 value = torch.full((), value, device=self._device)
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
 
     def __getitem__(self, name: str) -> Tensor:
-        """The sum so far, [] float32."""
+        """Returns the sum of a metric so far, [] float32."""
         return self._sums[name]
 
     def over_ranks(
         self, grad_norm: Tensor, *, bad: int, worked: float, stop: Stop, refresh: bool
     ) -> Totals:
-        """Every rank calls it at the end of a step; the step's one wait for the device.
+        """Adds up over all ranks; every rank calls this method at the end of a step.
+
+        The call is the step's only wait for the device, apart from that of a float16 loss scale.
 
         Args:
-            grad_norm: [], the same on every rank.
-            bad: this rank's images that could not be used.
-            worked: seconds.
-            stop: what this rank was asked for.
-            refresh: whether it wants the manifest read.
+            grad_norm: norm of the step's gradient, [], the same on every rank.
+            bad: number of this rank's images that could not be used.
+            worked: seconds that this rank worked in the step before.
+            stop: this rank's wish to stop.
+            refresh: whether this rank wants the manifest of shards read.
         """
         ranks = distributed.world_size()
         work = [0.0] * ranks

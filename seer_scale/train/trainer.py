@@ -1,267 +1,185 @@
-"""The training loop: it knows verbs, never the sharding strategy.
+"""The training step and the loop around it; neither knows the sharding strategy.
 
-What a run needs is built in `Trainer.__init__` in one visible order; a step is `train_step`.
+`build.trainer_of` builds a trainer from a run's configuration.
 """
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from seer_scale import distributed
-from seer_scale.checkpoint import CheckpointReader, list_checkpoints
-from seer_scale.config import RunConfig, recipe
-from seer_scale.data import BadSample, DeviceBatches, MicroBatch, Source
+from seer_scale.checkpoint import list_checkpoints
+from seer_scale.data import BadSample
 from seer_scale.distributed.watchdog import Watchdog
-from seer_scale.distributed.work_clock import CLOCK
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.models import seeded_values
-from seer_scale.objectives import CollapseWatch, build_objective
+from seer_scale.objectives import Objective
 from seer_scale.optim.schedules import prototypes_frozen
 from seer_scale.optim.slice_sgd import apply_schedule
-from seer_scale.parallel.compatibility import max_nonfinite
-from seer_scale.parallel.compile import check_compiler
-from seer_scale.parallel.engine import PROTOTYPES, recompute_plan, shard
+from seer_scale.parallel.build_optimizer import PROTOTYPES
+from seer_scale.parallel.engine import Engine
 from seer_scale.performance.garbage import GarbageCollection
-from seer_scale.performance.stragglers import Stragglers
-from seer_scale.tracking.progress import Progress
-from seer_scale.tracking.records import Records
-from seer_scale.train import build
-from seer_scale.train.announce import announce
 from seer_scale.train.bad_samples import BadSamples
-from seer_scale.train.nonfinite import culprits, dump
-from seer_scale.train.rank_state import load_rank_state, rank_state, seed_rank
-from seer_scale.train.rewinds import RECORD, position_after, read_rewinds
-from seer_scale.train.saves import Saves, TrainState
+from seer_scale.train.image_stream import ImageStream
+from seer_scale.train.nonfinite import Computed, culprits, dump
+from seer_scale.train.phases import Phases
+from seer_scale.train.rank_state import rank_state
+from seer_scale.train.saves import Saves
+from seer_scale.train.settings import TrainSettings
 from seer_scale.train.spikes import Spike
+from seer_scale.train.state import TrainState
 from seer_scale.train.step_guard import StepGuard, Verdict
 from seer_scale.train.step_totals import StepTotals, Totals
 from seer_scale.train.stopping import Stop, StopSignals
-
-SKIPPED = "update_skipped"  # in a step that was no ordinary one: 1 if its update was left out
-TRACKER_SECONDS = 60.0  # at the end, for what is still under way to it
-# Of a run's folder, logged as artifacts when it ends.
-RECORDS = ("curve.png", "metrics.jsonl", "bad_samples.jsonl", "refreshes.jsonl", RECORD)
+from seer_scale.train.telemetry import Telemetry
 
 
+class StepResult(NamedTuple):
+    """Result of a step.
+
+    Attributes:
+        metrics: the step's values in metrics.jsonl.
+        stop: whether the run stops after the step, and why; the same on every rank.
+        refresh: whether to read the manifest of shards now; the same on every rank.
+    """
+
+    metrics: dict[str, float]
+    stop: Stop
+    refresh: bool
+
+
+@dataclass
 class Trainer:
     """One rank's part of a run.
 
-    Args:
-        config: the resolved configuration.
-        ds_config: resolved DeepSpeed configuration, for strategy `zero`.
-        source: the opened training data.
-        resume: the checkpoint to go on from, or None.
-        device: of this rank.
+    Attributes:
+        settings: numbers and choices of the loop.
+        run_dir: folder of the run.
+        device: device of this rank.
+        state: progress of the run.
+        objective: objective of the run.
+        engine: sharded model with its optimizer.
+        images: stream of this rank's micro-batches.
+        guard: guard over steps that must not count.
+        bad_samples: count of images that could not be used.
+        watchdog: watchdog of this rank.
+        phase: marks the phases of a step.
+        saves: checkpoints of the run.
+        telemetry: reports of the run.
+        garbage: garbage collection between steps.
+        stop_signals: signals that ask the run to stop.
+        spike: loss that ended this trainer by a rewind, or None.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        ds_config: dict[str, Any] | None,
-        source: Source,
-        resume: CheckpointReader | None,
-        device: torch.device,
-    ) -> None:
-        self.config, self.device = config, device
-        self.run_dir = Path(config.run.dir)
-        self.global_batch = build.global_batch(config)
-        self.stop_signals = StopSignals()
-        if config.train.compile:
-            check_compiler(device)
-        seed_rank(config.run.seed, distributed.rank())
-        self.objective = build_objective(
-            config.objective.name,
-            crops=sum(config.data.crop_counts),
-            options=config.objective.options,
-        )
-        reader = resume
-        if reader:
-            reader.check(build.model_of(config, torch.device("meta")))
-        self.state = TrainState.of(reader.manifest, reader.folder) if reader else TrainState()
-        self.plan = recompute_plan(partial(build.model_of, config), config)
-        evaluation = build.evaluation_of(config, device)
-        # Not before all that a user may have got wrong: a finished run's record stays as it is.
-        self.tracker = build.tracker_of(config, self.state.step)
-        self.engine = shard(
-            partial(build.model_of, config),
-            reader.values if reader else partial(seeded_values, seed=config.run.seed),
-            config,
-            ds_config,
-            device,
-            self.plan,
-        )
-        if reader:
-            reader.fill_momentum(self.engine.slices())
-            saved_scale = reader.manifest.get("loss_scale")
-            if self.engine.loss_scale and saved_scale:  # neither, if the precision was another
-                self.engine.loss_scale.load(saved_scale)
-            self._load_rank_state(reader)
-        self.progress = (
-            Progress(config.train.steps, self.state.step) if distributed.is_main() else None
-        )
-        self.collection = build.collection_of(
-            config,
-            source,
-            saved=self.state.collection,
-            saved_run=reader.folder.parents[1] if reader else self.run_dir,
-            cursor=self.state.samples_seen,
-            say=self._say,
-        )
-        # After the collection, which takes the turns up to there by itself.
-        rewinds = read_rewinds(self.run_dir)
-        self.state.samples_seen = position_after(rewinds, self.state.step, self.state.samples_seen)
-        if rewinds:
-            self.tracker.set_tags({"rewinds": len(rewinds)})
-        self._open_batches()
-        self.guard = StepGuard(
-            self.engine.model,
-            self.objective,
-            mads=config.train.spike_mads,
-            skip_spikes=config.train.on_spike == "skip",
-            micro_batches=config.train.gradient_accumulation,
-        )
-        self._max_nonfinite = max_nonfinite(config, ds_config)
-        self.spike: Spike | None = None  # that ended the training, with on_spike=rewind
-        self.bad_samples = BadSamples(config.data.max_bad_fraction)
-        self.watchdog = Watchdog(60 * config.run.hang_minutes)
-        self.records = self._open_records()
-        self.saves = Saves(config, self.tracker, self.records, self._say, evaluation)
-        optim = config.optim
-        self.collapse = CollapseWatch(max(optim.warmup_steps, optim.freeze_prototypes_steps))
-        self.utilisation = build.utilisation_of(config, device, self.plan, self._say)
-        self.stragglers = Stragglers(self._say)
-        CLOCK.take()  # what an earlier run of this process has left
-        self.profiler = build.profiler_of(config, device, self.tracker, self._say)
-        announce(
-            config,
-            self.tracker,
-            self._say,
-            step=self.state.step,
-            plan=self.plan,
-            device=device,
-            saved_config=reader.manifest.get("config", {}) if reader else None,
-        )
-        self.garbage = GarbageCollection(config.run.gc_every)
+    settings: TrainSettings
+    run_dir: Path
+    device: torch.device
+    state: TrainState
+    objective: Objective
+    engine: Engine
+    images: ImageStream
+    guard: StepGuard
+    bad_samples: BadSamples
+    watchdog: Watchdog
+    phase: Phases
+    saves: Saves
+    telemetry: Telemetry
+    garbage: GarbageCollection
+    stop_signals: StopSignals
+    spike: Spike | None = field(default=None, init=False)
 
     # --------------------------------------------------------------------------- one step
 
-    def train_step(self) -> tuple[dict[str, float], Stop, bool]:
-        """One optimizer step: its metrics, who was asked to stop, is the manifest to be read."""
-        began = time.perf_counter()
-        worked = CLOCK.take()  # in the step before
+    def train_step(self) -> StepResult:
+        """Runs one step; the host waits for the device once, when it reads the totals."""
+        began, worked = time.perf_counter(), self.phase.begin(self.state.step + 1)
         self._apply_schedules()
-        sums = StepTotals(self.device, self.config.train.gradient_accumulation)
-        micro_batches: list[MicroBatch] = []
-        losses: list[Tensor] = []
-        scored: list[Tensor] = []
-        waited = 0.0
         self.guard.begin(self.state.losses)
-        for micro in range(self.config.train.gradient_accumulation):
-            asked = time.perf_counter()
-            self.watchdog.at(self.state.step + 1, 2 * micro, "waiting for images")
-            with CLOCK.lap(self.device):
-                with self.profiler.range("data"):
-                    batch = next(self.device_batches)
-                self.watchdog.at(self.state.step + 1, 2 * micro + 1, "computing")
-                waited += time.perf_counter() - asked
-                micro_batches.append(batch)
-                with self.profiler.range("forward"):
-                    queue = getattr(self.objective, "queue", None)
-                    embeddings, scores = self.engine(batch.crops, queue)
-                with self.profiler.range("loss"):
-                    loss, metrics = self.objective(embeddings, scores)
+        sums, step = StepTotals(self.device, self.settings.accumulation), list[Computed]()
+        for micro in range(1, self.settings.accumulation + 1):
+            last = micro == self.settings.accumulation
+            with self.phase("data"):
+                batch = next(self.images)
+            with self.phase("forward"):
+                queue = getattr(self.objective, "queue", None)
+                embeddings, scores = self.engine(batch.crops, queue)
+            with self.phase("loss"):
+                loss, metrics = self.objective(embeddings, scores)
             sums.add({**metrics, "loss": loss})
-            losses.append(loss.detach())
-            scored.append(scores.detach())
-            last = micro + 1 == self.config.train.gradient_accumulation
-            with self.profiler.range("backward"):
+            step.append(Computed(batch, loss.detach(), scores.detach()))
+            with self.phase("backward"):
                 self.engine.backward(self.guard.gate(loss, sums["loss"] if last else None))
             if last:
                 self.saves.before_update()
-            with self.profiler.range("optimizer"):
+            with self.phase("optimizer"):
                 grad_norm = self.engine.step()
         assert grad_norm is not None
-        self.state.advance(self.global_batch)
-
-        # The step's one wait for the device; the loss scale of float16 has another.
+        self.state.advance(self.settings.global_batch)
         totals = sums.over_ranks(
             grad_norm,
-            bad=sum(len(batch.bad) for batch in micro_batches),
+            bad=sum(len(done.batch.bad) for done in step),
             worked=worked,
             stop=self.stop_signals.wish,
-            refresh=self.collection.due(self.state.step, self.state.samples_seen),
+            refresh=self.images.refresh_due(),
         )
-        # All of it is the same on every rank, so all do the same.
-        mean, norm, stop = totals.means["loss"], totals.grad_norm, totals.stop
-        verdict = self.guard.judge(mean, norm, overflow=self._overflowed)
+        verdict, stop = self._judge(totals, step)
+        self._record_samples(step, totals.bad)
+        line = self._line(totals, verdict, time.perf_counter() - began)
+        return StepResult(line, stop, totals.refresh)
+
+    def _apply_schedules(self) -> None:
+        step = self.state.step
+        still = prototypes_frozen(step, self.settings.frozen_steps)
+        apply_schedule(
+            self.engine.param_groups,
+            lr=self.settings.learning_rate(step),
+            frozen=PROTOTYPES if still else frozenset(),
+        )
+
+    def _line(self, totals: Totals, verdict: Verdict, seconds: float) -> dict[str, float]:
+        return self.telemetry.metrics(
+            totals,
+            verdict,
+            self.engine,
+            seconds=seconds,
+            waited=self.phase.seconds["data"],
+            samples_seen=self.state.samples_seen,
+        )
+
+    def _judge(self, totals: Totals, step: Sequence[Computed]) -> tuple[Verdict, Stop]:
+        """Answers a step with a fault; every rank has the same totals and answers alike."""
+        loss, norm, stop = totals.means["loss"], totals.grad_norm, totals.stop
+        scale = self.engine.loss_scale
+        overflow = scale is not None and scale.overflowed  # float16 has skipped the step
+        verdict = self.guard.judge(loss, norm, overflow=overflow)
         if verdict is Verdict.NONFINITE:
-            self._leave_out(mean, norm, micro_batches, losses, scored)
-        elif verdict is not Verdict.GOOD and self._answer_spike(mean, verdict, stop):
+            self._answer_nonfinite(loss, norm, step)
+        elif verdict is not Verdict.GOOD and self._answer_spike(loss, verdict, stop):
             stop = Stop.REWIND
-        self._record_samples(micro_batches, totals.bad)
-        seconds = time.perf_counter() - began
-        return self._metrics(totals, verdict, seconds, waited), stop, totals.refresh
+        return verdict, stop
 
-    @property
-    def _overflowed(self) -> bool:
-        """Whether the loss scale of float16 has skipped the step."""
-        return self.engine.loss_scale is not None and self.engine.loss_scale.overflowed
+    def _answer_nonfinite(self, loss: float, grad_norm: float, step: Sequence[Computed]) -> None:
+        """Warns that a step was not finite.
 
-    def _metrics(
-        self, totals: Totals, verdict: Verdict, seconds: float, waited: float
-    ) -> dict[str, float]:
-        """A step's line in metrics.jsonl."""
-        line = {**totals.means}
-        if verdict is not Verdict.GOOD:
-            line[SKIPPED] = float(verdict is not Verdict.SPIKE)
-        line |= {"lr": self.engine.param_groups[0]["lr"], "grad_norm": totals.grad_norm}
-        if scale := self.engine.loss_scale:
-            line |= {
-                "loss_scale": scale.stepped_with,
-                "loss_scale_overflow": float(scale.overflowed),
-            }
-        line |= self.stragglers.observe(totals.work)
-        if self.utilisation:
-            of_a_rank = self.global_batch / seconds / distributed.world_size()
-            line |= self.utilisation.metrics(of_a_rank)
-        return line | {
-            "images_per_second": self.global_batch / seconds,
-            "step_time": seconds,
-            "data_time": waited,
-            "peak_memory_gib": peak_memory_gib(self.device),
-            "samples_seen": self.state.samples_seen,
-            "bad_samples": totals.bad,
-        }
-
-    def _leave_out(
-        self,
-        loss: float,
-        grad_norm: float,
-        micro_batches: list[MicroBatch],
-        losses: list[Tensor],
-        scores: list[Tensor],
-    ) -> None:
-        """Says whose loss was not finite; ends the run where that is too many in a row."""
-        step, row = self.state.step, self.guard.nonfinite
+        Raises:
+            UserError: after too many such steps in a row.
+        """
+        number, row = self.state.step, self.guard.nonfinite
         what = (
-            f"the loss of step {step} is {loss}, the norm of its gradient {grad_norm}, on "
-            f"{culprits(micro_batches, losses)}"
+            f"the loss of step {number} is {loss}, the norm of its gradient {grad_norm}, on "
+            f"{culprits(step)}"
         )
-        if row < self._max_nonfinite:
-            self._say(f"warning: {what}: its update is left out, {row} in a row")
+        if row < self.settings.max_nonfinite:
+            self.telemetry.say(f"warning: {what}: its update is skipped, {row} in a row")
             return
-        folder = self.run_dir / f"nonfinite_step_{step}"
-        problem = dump(folder, micro_batches, losses, scores)
+        folder = self.run_dir / f"nonfinite_step_{number}"
+        problem = dump(folder, step)
         self.saves.finish()
         saved = list_checkpoints(self.run_dir / "checkpoints")
         raise UserError(
@@ -272,181 +190,96 @@ class Trainer:
         )
 
     def _answer_spike(self, loss: float, verdict: Verdict, stop: Stop) -> bool:
-        """Says that a loss has jumped; whether the run goes back to its last checkpoint."""
+        """Returns whether the run rewinds because its loss jumped; if not, warns."""
         step, threshold = self.state.step, self.guard.threshold
-        if self.config.train.on_spike == "rewind" and stop is Stop.NO:
+        if self.settings.rewind_on_spike and stop is Stop.NO:
             self.spike = Spike(step, loss, threshold, self.state.samples_seen)
             return True
-        then = "its update is left out" if verdict is Verdict.SKIPPED_SPIKE else "the run goes on"
-        self._say(
+        then = "its update is skipped" if verdict is Verdict.SKIPPED_SPIKE else "the run goes on"
+        self.telemetry.say(
             f"warning: the loss of step {step} is {loss:.6g}, a spike above {threshold:.6g}: {then}"
         )
         return False
 
-    def _apply_schedules(self) -> None:
-        step = self.state.step
-        still = prototypes_frozen(step, self.config.optim.freeze_prototypes_steps)
-        apply_schedule(
-            self.engine.param_groups,
-            lr=build.learning_rate_of(self.config, step),
-            frozen=PROTOTYPES if still else frozenset(),
-        )
-
-    def _record_samples(self, micro_batches: list[MicroBatch], bad: int) -> None:
-        if self.config.run.log_samples:
-            ids = torch.stack([batch.sample_ids for batch in micro_batches])  # [accumulation, B]
-            ranks = distributed.all_gather(ids.to(self.device)[None])  # [world, accumulation, B]
-            if self.records:  # in the order of the stream, which no world size changes
-                self.records.samples(self.state.step, ranks.transpose(0, 1).flatten().tolist())
+    def _record_samples(self, step: Sequence[Computed], bad: int) -> None:
+        if self.settings.log_samples:
+            ids = torch.stack([done.batch.sample_ids for done in step])  # [accumulation, B]
+            self.telemetry.samples(self.state.step, ids)
         if bad:
-            mine = [sample for batch in micro_batches for sample in batch.bad]
+            mine = [sample for done in step for sample in done.batch.bad]
             everyone: list[BadSample] = distributed.gather_lists(mine)
-            self.bad_samples.count([sample.cause for sample in everyone])
-            if self.records:
-                self.records.bad_samples(self.state.step, everyone)
-        self.bad_samples.observe(self.global_batch, bad)
+            self.bad_samples.count(everyone)
+            self.telemetry.bad_samples(self.state.step, everyone)
+        self.bad_samples.observe(self.settings.global_batch, bad)
 
     # --------------------------------------------------------------------------- the loop
 
     def train(self) -> Stop:
-        """Runs to the last step, or to a signal; saves as it goes. Returns what stopped it.
+        """Runs to the last step, or to a signal, and saves checkpoints on the way.
+
+        Returns:
+            What stopped the run.
 
         Raises:
             CheckpointError: at the end, if the last checkpoint could not be written.
+            UserError: after too many consecutive non-finite steps.
+            DataError: if too many images cannot be used.
         """
         saved_step = self.state.step
         stop = Stop.NO
         self.watchdog.at(self.state.step, 0, "beginning")
-        while self.state.step < self.config.train.steps and stop is Stop.NO:
-            with self.profiler.step(self.state.step + 1):
+        while self.state.step < self.settings.steps and stop is Stop.NO:
+            with self.telemetry.profiler.step(self.state.step + 1):
                 metrics, stop, refresh = self.train_step()
             self.garbage.after(self.state.step)
-            self._log({**metrics, **self.saves.metrics()})
+            self.log({**metrics, **self.saves.metrics()})
             self.saves.settle()
             if stop is Stop.REWIND:
-                self.saves.finish()  # what is being written may be what to go back to
+                self.saves.finish()  # the run may rewind to a checkpoint that is still written
                 return stop
             if refresh:
-                self._read_manifest()
-            last = stop is not Stop.NO or self.state.step == self.config.train.steps
+                self.watchdog.at(self.state.step + 1, -3, "reading the manifest of shards")
+                self.images.refresh()
+            last = stop is not Stop.NO or self.state.step == self.settings.steps
             due = self.saves.evaluation_due(self.state.step)
-            if last or due or self.state.step % self.config.checkpoint.every == 0:
+            if last or due or self.state.step % self.settings.checkpoint_every == 0:
                 self.watchdog.at(self.state.step + 1, -2, "saving")
-                self.saves.start(
-                    self.state,
-                    self.engine,
-                    rank_state(self.objective, self.device),
-                    urgent=last or due,
-                )
+                own = rank_state(self.objective, self.device)
+                leaving = stop is Stop.REQUEUE
+                self.saves.start(self.state, self.engine, own, urgent=last or due, leaving=leaving)
                 saved_step = self.state.step
             if due:
                 self.watchdog.at(self.state.step + 1, -1, "evaluating")
                 self.saves.evaluate(self.state.step)
-        self.profiler.close()
+        self.telemetry.profiler.close()
         if problem := self.saves.finish():
             raise CheckpointError(
-                f"the last checkpoint, of step {saved_step}, was not written ({problem}): mend "
-                "that and go on with --resume auto, from the one before it"
+                f"the last checkpoint, of step {saved_step}, was not written ({problem}): solve "
+                "that problem and resume from the checkpoint before with --resume auto"
             )
         if stop is not Stop.NO:
-            self._say(
-                f"stopped by a signal after step {saved_step}, which is saved; go on with "
+            self.telemetry.say(
+                f"stopped by a signal after step {saved_step}, which is saved; continue with "
                 "--resume auto"
             )
         return stop
 
-    def close(self, status: str) -> None:
-        """Ends workers, files and tracking; `status` is FINISHED, KILLED or FAILED."""
-        self.watchdog.close()
-        self.garbage.close()
-        self.batches.close()
-        self.saves.close()
-        if self.progress:
-            self.progress.close()
-        if self.records:
-            self.records.close()
-            if causes := self.bad_samples.report():
-                self._say(f"images that could not be used and were replaced: {causes}")
-            for name in RECORDS:
-                if (self.run_dir / name).exists():
-                    self.tracker.log_artifact(self.run_dir / name)
-        # Nobody who stopped a run wants to wait for its records.
-        sent = self.tracker.close(status, wait_s=TRACKER_SECONDS if status == "FINISHED" else 0.0)
-        self.stop_signals.close()
-        if not sent and self.config.tracking.enabled:
-            self._say(
-                "not everything has reached MLflow yet; the sender goes on for a while, and "
-                f"`seer-scale sync {self.run_dir}` sends what is left at any time"
-            )
-
-    def _log(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
+        """Takes the metrics of the step just done into account, and reports them."""
         if math.isfinite(metrics["loss"]):
             self.saves.observe(metrics["loss"])
             self.state.observe(metrics["loss"])
-        if not (self.records and self.progress):
-            return
-        step = self.state.step
-        self.progress.update(step, metrics)
-        # JSON has no infinity; what is missing was of a step that was left out.
-        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        self.records.metrics(step, metrics)
-        self.tracker.log_metrics(metrics, step)
-        if warning := self.collapse.observe(step, metrics):
-            self._say(f"warning: {warning}")
+        self.telemetry.log(self.state.step, metrics)
 
-    def _say(self, text: str) -> None:
-        if self.progress:
-            self.progress.say(text)
+    def close(self, status: str) -> None:
+        """Ends workers, files and tracking.
 
-    # --------------------------------------------------------------------------- the images
-
-    def _open_batches(self) -> None:
-        """Images of the collection in use, from where the run is."""
-        self.state.collection = self.collection.in_use
-        self.batches = build.batches_of(self.config, self.collection, self.state.samples_seen)
-        memory_format = build.memory_format_of(self.config.train.memory_format, self.device)
-        self.device_batches = DeviceBatches(self.batches, self.device, memory_format)
-
-    def _read_manifest(self) -> None:
-        """Between two steps of all ranks; what was made ahead of another collection is dropped."""
-        self.watchdog.at(self.state.step + 1, -3, "reading the manifest of shards")
-        if self.collection.refresh(self.state.samples_seen):
-            self.batches.close()
-            self._open_batches()
-
-    # --------------------------------------------------------------------------- building
-
-    def _load_rank_state(self, reader: CheckpointReader) -> None:
-        whole = load_rank_state(
-            reader.local_states(),
-            self.objective,
-            self.device,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        if not whole and distributed.is_main():
-            print(
-                f"objective.name={self.config.objective.name} cannot take over its state from "
-                f"{reader.manifest['world_size']} ranks to {distributed.world_size()}: it starts "
-                "afresh",
-                file=sys.stderr,
-            )
-
-    def _open_records(self) -> Records | None:
-        if not distributed.is_main():
-            return None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        # Before the records, which make a folder a run's: a full disk must not leave one.
-        (self.run_dir / "config.yaml").write_text(recipe.dump(build.public(self.config)))
-        return Records(
-            self.run_dir,
-            first_step=self.state.step,
-            log_samples=self.config.run.log_samples,
-        )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held so far: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        Args:
+            status: FINISHED, KILLED or FAILED.
+        """
+        self.watchdog.close()
+        self.garbage.close()
+        self.images.close()
+        self.saves.close()
+        self.telemetry.close(status, self.bad_samples.report())
+        self.stop_signals.close()

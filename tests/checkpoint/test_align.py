@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from harness.jobs import ROOT, arguments, losses, run_job, write_images
+from harness.pool import Distributed
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.convert.loading import load
 from seer_scale.models import build_trunk
 
-Distributed = Callable[..., list[Any]]
 ALIGNED = "model.align_channels=3"  # groups of 8 become 9, the stem's 32 become 33
 ZERO = {
     stage: ["--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json")]
@@ -28,6 +26,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -56,6 +55,7 @@ def test_a_run_goes_on_with_other_padding(
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [ZERO[1], pytest.param(FSDP, marks=pytest.mark.slow)])
 def test_resuming_with_the_same_padding_is_bit_for_bit(
     distributed: Distributed, images: Path, tmp_path: Path, more: list[str]

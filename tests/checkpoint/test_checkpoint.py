@@ -18,16 +18,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from harness.pool import Distributed
 from seer_scale import distributed as ranks
 from seer_scale.checkpoint import CheckpointReader, checkpoint_folder, find, list_checkpoints, save
+from seer_scale.checkpoint.finding import checkpoints_at
 from seer_scale.checkpoint.manifest import write_manifest
+from seer_scale.checkpoint.reader import verify_together
 from seer_scale.errors import CheckpointError
 from seer_scale.models import build_model, initialise
-from seer_scale.optim.slices import Slice, fill
+from seer_scale.optim.filling import fill
+from seer_scale.optim.slices import Slice
 from seer_scale.serving import load_trunk
-from seer_scale.storage.tensor_file import Stamp
+from seer_scale.storage.tensor_file import Kind, Stamp, write_tensors
 
-Distributed = Callable[..., list[Any]]
 TRUNK = "regnety_debug"
 
 
@@ -166,6 +169,8 @@ def test_the_trunk_beside_the_slices_loads_by_itself(tmp_path: Path) -> None:
 def write_with_own_statistics(root: Path) -> Tensor:
     model = trained()
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     norm.running_mean.fill_(1 + 4 * ranks.rank())
     norm.running_var.fill_(2 + 6 * ranks.rank())
     write(root, 1, model=model)
@@ -192,6 +197,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert files == [
         "manifest.json",
         "rank_00000.safetensors",
+        "slices.json",
         "trunk/config.json",
         "trunk/trunk.safetensors",
     ]
@@ -267,10 +273,9 @@ write(root, 2, model=trained(seed=2))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["slices", "trunk"])
-def test_a_save_killed_in_the_middle_leaves_the_previous_checkpoint(
-    tmp_path: Path, moment: str
-) -> None:
+def test_a_save_killed_in_the_middle_leaves_what_was_whole(tmp_path: Path, moment: str) -> None:
     root = tmp_path / "checkpoints"
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(root), moment],
@@ -286,16 +291,21 @@ def test_a_save_killed_in_the_middle_leaves_the_previous_checkpoint(
     assert process.returncode == -signal.SIGKILL
     assert any(path.name not in ("step_00000001",) for path in root.iterdir())  # half of step 2
 
-    assert list_checkpoints(root) == [checkpoint_folder(root, 1)]
+    # The trunk is written last, so its death takes nothing that resuming needs.
+    steps = [1] if moment == "slices" else [1, 2]
+    assert list_checkpoints(root) == [checkpoint_folder(root, step) for step in steps]
     for resume in ("auto", str(root), str(tmp_path)):
-        assert find(resume, root) == [checkpoint_folder(root, 1)]
-    restored = build()
-    fill(restored, CheckpointReader(checkpoint_folder(root, 1)).values(restored))
-    previous = trained(seed=1).state_dict()
+        assert find(resume, root)[0] == checkpoint_folder(root, steps[-1])
+    assert not (checkpoint_folder(root, 2) / "trunk").exists()
+    restored, reader = build(), CheckpointReader(checkpoint_folder(root, steps[-1]))
+    assert reader.verify() is None
+    fill(restored, reader.values(restored))
+    previous = trained(seed=steps[-1]).state_dict()
     assert all(torch.equal(value, previous[name]) for name, value in restored.state_dict().items())
 
     write(root, 2, model=(model := trained(seed=2)))
-    assert names(root) == ["step_00000001", "step_00000002"]
+    assert list_checkpoints(root) == [checkpoint_folder(root, step) for step in (1, 2)]
+    assert not list(root.glob(".*"))
     fill(restored, CheckpointReader(checkpoint_folder(root, 2)).values(restored))
     expected = model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in restored.state_dict().items())
@@ -345,11 +355,17 @@ def test_a_path_without_a_checkpoint_says_so(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     if kind == "partial":
         (path / "checkpoints" / ".step_00000003.partial").mkdir(parents=True)
-    expected = "there is no such folder" if kind == "missing" else "no whole checkpoint"
+    expected = "there is no such folder" if kind == "missing" else "holds no whole checkpoint"
     with pytest.raises(CheckpointError, match=expected) as caught:
         find(str(path), tmp_path)
-    assert str(path) in str(caught.value)
+    assert str(caught.value).startswith(f"--resume {path}: ")
     assert "auto" in str(caught.value)
+    # A command that was given a path alone speaks of the path alone.
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        checkpoints_at(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "--" not in str(caught.value).replace(str(path), "")
+    assert "auto" not in str(caught.value).replace(str(path), "")
 
 
 # ---------------------------------------------------------------------------------- damage
@@ -385,8 +401,8 @@ def scramble(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "an empty folder": (empty, "no whole checkpoint: it has no manifest.json"),
-    "no folder": (shutil.rmtree, "no whole checkpoint: it has no manifest.json"),
+    "an empty folder": (empty, "not a whole checkpoint: it has no manifest.json"),
+    "no folder": (shutil.rmtree, "not a whole checkpoint: it has no manifest.json"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
     "a cut rank file": (truncate, r"rank_00000.safetensors is 1000 bytes long instead of \d{5,}"),
     "no rank file": (
@@ -424,7 +440,7 @@ def test_each_damage_is_one_sentence(run_dir: Path, tmp_path: Path, damage: str)
     inflict, expected = DAMAGES[damage]
     inflict(folder)
     with pytest.raises(CheckpointError, match=expected) as caught:
-        CheckpointReader(folder)
+        CheckpointReader(folder).whole("prototypes.weight")  # headers are read when needed
     sentence = str(caught.value)
     assert str(folder) in sentence
     assert "\n" not in sentence
@@ -460,3 +476,46 @@ def test_another_model_is_refused_by_what_differs(
         assert caught.match(part)
     assert caught.match("resume with the recipe and model.\\* keys it was made with")
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_slices_that_leave_a_gap_or_overlap_are_refused(tmp_path: Path) -> None:
+    """Two ranks hold four elements each of ten, and of eight; the files themselves are whole."""
+
+    def read(numel: int, offset: int) -> CheckpointReader:
+        for rank, start in enumerate((0, offset)):
+            place = {"a": {"shape": [numel], "offset": start}}
+            write_tensors(
+                tmp_path / f"rank_{rank:05d}.safetensors",
+                {"weight/a": Kind(torch.float32, (4,))},
+                lambda _: torch.ones(4),
+                {"placement": json.dumps(place)},
+            )
+        return CheckpointReader(tmp_path, {"world_size": 2, "files": {}})
+
+    assert read(8, 4).whole("a").tolist() == [1.0] * 8
+    for numel, offset, at in ((10, 6, 4), (6, 2, 2)):
+        with pytest.raises(CheckpointError, match=f"leave a gap or overlap at element {at}"):
+            read(numel, offset)
+    with pytest.raises(CheckpointError, match="it holds 8 of the 9 elements of a"):
+        read(9, 4)
+
+
+def test_damage_of_any_file_is_found_before_a_run_resumes(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7, model=trained())
+    names = sorted(CheckpointReader(folder).manifest["files"])
+    assert len(names) == 4
+    assert verify_together(CheckpointReader(folder)) is None
+    for name in names:
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        expected = f"{name} does not have the checksum it was written with"
+        if name == "slices.json":
+            with pytest.raises(CheckpointError, match=r"slices.json is damaged \(it does not have"):
+                CheckpointReader(folder)
+        else:
+            reader = CheckpointReader(folder)
+            assert reader.verify() == expected
+            # Resuming needs no trunk, and does not read it.
+            needed = not name.startswith("trunk/")
+            assert verify_together(reader) == (expected if needed else None)
+        (folder / name).write_bytes(good)

@@ -51,6 +51,7 @@ def log(run_dir: Path, uri: str, how: dict[int, str], prune: bool) -> str:
     return delivery.run.run_id
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_by_its_id(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     fresh = tmp_path / "fresh"

@@ -9,18 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.jobs import ROOT, arguments, lines, losses, run_job, write_images
+from harness.pool import Distributed
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.distributed.ports import free_port
 from seer_scale.errors import LOST_RANK_STATUS, CheckpointError
-
-Distributed = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +25,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_passed_over(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:
@@ -49,6 +47,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert (run_dir / "checkpoints" / "superseded_step_00000008").is_dir()
 
 
+@pytest.mark.long
 def test_a_queue_moves_to_another_number_of_ranks(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +63,7 @@ def test_a_queue_moves_to_another_number_of_ranks(
     assert losses(moved) == pytest.approx(losses(two)[4:], rel=1e-4)
 
 
+@pytest.mark.long
 def test_another_precision_and_strategy_go_on_from_the_same_weights(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +97,7 @@ def run_with_small_files(argv: list[str], bytes_: int) -> str:
     return "finished"
 
 
+@pytest.mark.long
 def test_a_run_outlives_a_disk_that_does_not_write(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:

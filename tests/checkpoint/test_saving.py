@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.memory import build_engine, configuration
+from harness.engines import build_engine, configuration
+from harness.pool import Distributed
 from seer_scale import distributed as ranks
+from seer_scale import serving
 from seer_scale.checkpoint import (
     CheckpointReader,
     Outcome,
@@ -27,11 +30,15 @@ from seer_scale.checkpoint import (
     list_checkpoints,
     rank_files,
     saving,
+    staging,
 )
+from seer_scale.checkpoint.folders import SPARE_BYTES
 from seer_scale.checkpoint.retention import expired
-from tests.checkpoint.test_checkpoint import TRUNK, cut, trained
-
-Distributed = Callable[..., list[Any]]
+from seer_scale.optim.slices import Slice
+from seer_scale.serving import load_trunk
+from seer_scale.storage.tensor_file import TensorFile, copy_bytes, stream_tensors
+from tests.checkpoint.test_checkpoint import TRUNK, cut, trained, write
+from tests.storage.power_cut import watched
 
 
 def start(
@@ -41,6 +48,7 @@ def start(
     local: dict[str, Tensor] | None = None,
     *,
     in_place: bool = False,
+    trunk_s: float = math.inf,
 ) -> None:
     saver.save(
         step=step,
@@ -50,6 +58,7 @@ def start(
         local_state=local or {},
         manifest={"state": {"step": step}},
         in_place=in_place,
+        trunk_s=trunk_s,
     )
 
 
@@ -70,7 +79,7 @@ def whole(folder: Path) -> dict[str, Tensor]:
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The threads of saves wait for the event before they write."""
-    may_write, write = threading.Event(), rank_files.stream_tensors
+    may_write, write = threading.Event(), stream_tensors
 
     def late(*args: Any) -> Any:
         assert may_write.wait(60)
@@ -159,6 +168,18 @@ def change(*tensors: Tensor) -> None:
         tensor.zero_()
 
 
+def save_in_place(saver: Saver, model: nn.Module, slices: list[Slice]) -> None:
+    saver.save(
+        step=1,
+        slices=slices,
+        writes_slices=True,
+        model=model,
+        local_state={},
+        manifest={"state": {"step": 1}},
+        in_place=True,
+    )
+
+
 def changed_in_the_middle(root: Path, after: int) -> None:
     """A save in place; the optimizer steps once `after` bytes of slices are written."""
     world, rank = ranks.world_size(), ranks.rank()
@@ -177,15 +198,7 @@ def changed_in_the_middle(root: Path, after: int) -> None:
         done += len(target)
 
     saver._staging.fill = halting  # type: ignore[method-assign]
-    saver.save(
-        step=1,
-        slices=slices,
-        writes_slices=True,
-        model=model,
-        local_state={},
-        manifest={"state": {"step": 1}},
-        in_place=True,
-    )
+    save_in_place(saver, model, slices)
     change(*model.buffers())  # the next forward pass
     assert reached.wait(60)
     saver.before_update()
@@ -214,6 +227,37 @@ def test_what_is_unwritten_when_the_optimizer_steps_is_copied_before(
     for name, value in expected.state_dict().items():
         if name.startswith("trunk."):
             assert torch.equal(trunk[name.removeprefix("trunk.")], value), name
+
+
+def test_the_optimizer_waits_while_bytes_that_it_changes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, saver = trained(), saver_of(tmp_path)
+    slices = cut(model, 0, 1)
+    expected = {part.name: (part.values.clone(), part.momentum.clone()) for part in slices}
+    reading, changed = threading.Event(), threading.Event()
+
+    def halting(data: memoryview, start: int, target: Any) -> None:
+        half = len(target) // 2
+        copy_bytes(data, start, target[:half])
+        if half > 1000 and not reading.is_set():  # a tensor of the training, not a counter
+            reading.set()
+            changed.wait(1)  # in vain: the optimizer waits for this copy
+        copy_bytes(data, start + half, target[half:])
+
+    monkeypatch.setattr(staging, "copy_bytes", halting)
+    save_in_place(saver, model, slices)
+    assert reading.wait(60)
+    saver.before_update()
+    change(*[tensor for part in slices for tensor in (part.values, part.momentum)])
+    changed.set()
+    saver.wait()
+    assert ended(saver) == [(1, None)]
+    reader = CheckpointReader(tmp_path / "step_00000001")
+    assert reader.verify() is None
+    for name, (values, momentum) in expected.items():
+        assert torch.equal(reader.whole(name).view(-1), values), name
+        assert torch.equal(reader.whole(name, "momentum").view(-1), momentum), name
 
 
 def test_what_is_written_before_the_optimizer_steps_is_never_copied(tmp_path: Path) -> None:
@@ -314,6 +358,38 @@ def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+def save_into(root: Path, free: list[int]) -> list[tuple[int, str | None]]:
+    """A save for each number of bytes that the disk has free."""
+    saver, usage = saver_of(root), shutil.disk_usage(root)
+    for step, bytes_ in enumerate(free, start=1):
+        there = usage._replace(free=bytes_)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path, there=there: there)
+            start(saver, step, trained(), {"queue": torch.ones(1000)})
+        saver.wait()
+    return ended(saver)
+
+
+def test_the_room_for_a_save_is_that_of_all_ranks_and_of_the_trunk(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    distributed(save_into, 2, tmp_path, [1 << 40])
+    files = sorted((tmp_path / "step_00000001").rglob("*.safetensors"))
+    assert [path.name for path in files] == [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+        "trunk.safetensors",
+    ]
+    size = sum(entry.kind.bytes for path in files for entry in TensorFile(path).entries.values())
+    again = tmp_path / "again"
+    again.mkdir()
+    enough = size + SPARE_BYTES
+    (refused, written), others = distributed(save_into, 2, again, [enough - 1, enough])
+    assert "GiB free: delete something" in (refused[1] or "")
+    assert written == (2, None)
+    assert others == []
+
+
 def test_a_folder_that_cannot_be_made_is_an_outcome(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     saver = saver_of(tmp_path / "file" / "checkpoints")
@@ -334,6 +410,74 @@ def test_a_rank_that_says_nothing_is_waited_for_no_longer_than_that(
     saver.wait()
     assert ended(saver) == [(1, "rank 0 has not written its part in 0.2 s")]
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def slow_trunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, Any]]:
+    """Trunks begin, and are written once the event is set."""
+    begun, may_write, write = threading.Event(), threading.Event(), stream_tensors
+
+    def late(*args: Any) -> Any:
+        begun.set()
+        assert may_write.wait(60)
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "stream_tensors", late)
+        yield begun, may_write
+
+
+def test_a_checkpoint_exists_before_its_trunk_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, saver = trained(), saver_of(tmp_path)
+    with slow_trunks(monkeypatch) as (begun, may_write):
+        start(saver, 1, model)
+        assert begun.wait(60)
+        (folder,) = list_checkpoints(tmp_path)
+        assert set(whole(folder)) == set(model.state_dict())
+        assert not (folder / "trunk").exists()
+        assert "trunk/trunk.safetensors" not in CheckpointReader(folder).manifest["files"]
+        may_write.set()
+        saver.wait()
+    assert ended(saver) == [(1, None)]
+    assert whole(folder)
+    assert "trunk/trunk.safetensors" in CheckpointReader(folder).manifest["files"]
+    load_trunk(folder / "trunk")
+
+
+def test_a_run_that_leaves_owes_no_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = saver_of(tmp_path)
+    with slow_trunks(monkeypatch) as (begun, may_write):
+        start(saver, 1, trained())
+        assert begun.wait(60)
+        threading.Timer(0.5, may_write.set).start()
+        start(saver, 2, trained(), trunk_s=0.0)  # ends the trunk of step 1 too
+        saver.wait()
+    outcomes = saver.outcomes()
+    assert [(o.step, o.problem, o.without_trunk) for o in outcomes] == [
+        (1, None, "the run was about to end"),
+        (2, None, "the run was about to end"),
+    ]
+    for outcome in outcomes:
+        assert whole(outcome.folder)
+        assert not list(outcome.folder.glob("trunk*"))
+
+
+def test_a_trunk_that_cannot_be_written_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(serving, "stream_tensors", full)
+    saver = saver_of(tmp_path)
+    start(saver, 1, trained())
+    saver.wait()
+    (outcome,) = saver.outcomes()
+    assert outcome.problem is None
+    assert "No space left" in (outcome.without_trunk or "")
+    assert whole(outcome.folder)
 
 
 def test_an_earlier_attempt_s_files_are_not_mixed_in(tmp_path: Path) -> None:
@@ -361,9 +505,18 @@ def test_the_newest_and_every_mth_stay(tmp_path: Path) -> None:
     assert expired(folders, keep=9) == []
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watched(monkeypatch) as lost:
+        for step in (1, 2, 2):
+            write(tmp_path, step, local={"queue": torch.ones(3)}, keep=1)
+    assert lost == []
+
+
 def test_only_the_writing_thread_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    write = rank_files.stream_tensors
+    write = stream_tensors
 
     def spy(*args: Any) -> Any:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))

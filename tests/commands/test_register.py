@@ -55,5 +55,5 @@ def test_no_server_and_no_weights_are_said(tmp_path: Path, monkeypatch: pytest.M
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=rf"{address} does not answer"):
         main([str(export(tmp_path / "trunk", 0)), "--name", "x", "--uri", address])
-    with pytest.raises(UserError, match="absent is no folder and no file"):
+    with pytest.raises(UserError, match="absent is neither a folder nor a file"):
         main(["absent", "--name", "x", "--uri", f"sqlite:///{tmp_path}/mlflow.db"])

@@ -69,9 +69,15 @@ def test_every_command_has_help(command: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["pretrian"], "error: pretrian is no command: did you mean pretrain? the commands are "),
+        (
+            ["pretrian"],
+            "error: pretrian is not a command: did you mean pretrain? the commands are ",
+        ),
         (["pretrain"], "error: no recipe is named: add --recipe NAME, one of debug, demo, "),
-        (["evaluate", "kn", "--model", "x", "--data", "y"], "error: kn is no task; did you mean"),
+        (
+            ["evaluate", "kn", "--model", "x", "--data", "y"],
+            "error: kn is not a task: did you mean",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(words: list[str], expected: str) -> None:
@@ -104,6 +110,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_a_wheel_brings_all_it_needs(wheel: Path, tmp_path: Path) -> None:
     """The console script, recipes, studies and DeepSpeed's configurations, far from any clone."""

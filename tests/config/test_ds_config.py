@@ -20,24 +20,32 @@ RECIPES = ROOT / "launch" / "recipes"
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
-def recipe(name: str, *overrides: str) -> RunConfig:
+def recipe(name: str, *overrides: str, ranks: int = 2) -> RunConfig:
     arguments = ["--recipe", name, "--deepspeed_config", "zero.json", *overrides]
-    return parse(arguments, recipes=RECIPES).config
+    return parse(arguments, recipes=RECIPES, ranks=ranks).config
 
 
-def resolve(raw: dict[str, Any], *overrides: str, world_size: int = 2) -> dict[str, Any]:
-    config = recipe("demo", *overrides)
-    return resolve_ds_config(raw, path="zero.json", config=config, world_size=world_size)
+def resolve(
+    raw: dict[str, Any], *overrides: str, name: str = "demo", world_size: int = 2
+) -> dict[str, Any]:
+    train = recipe(name, *overrides, ranks=world_size).train
+    return resolve_ds_config(
+        raw,
+        path="zero.json",
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        world_size=world_size,
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_file_resolves_for_every_recipe(path: Path, name: str) -> None:
-    config = recipe(name)
-    resolved = resolve_ds_config(load_ds_config(path), path=path, config=config, world_size=64)
-    micro = config.train.micro_batch_size
-    assert resolved["train_micro_batch_size_per_gpu"] == micro
-    assert resolved["train_batch_size"] == micro * 64
+    resolved = resolve(load_ds_config(path), name=name, world_size=64)
+    train = recipe(name, ranks=64).train
+    assert resolved["train_micro_batch_size_per_gpu"] == train.micro_batch_size
+    assert resolved["gradient_accumulation_steps"] == train.gradient_accumulation
+    assert resolved["train_batch_size"] == train.global_batch
     assert resolved["gradient_clipping"] == 0.0
     assert resolved["torch_autocast"] == {"enabled": False}
 
@@ -72,7 +80,8 @@ def test_readme_explains_every_key_and_file() -> None:
 def test_recipe_fills_in_what_it_owns() -> None:
     raw = {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}
     before = copy.deepcopy(raw)
-    resolved = resolve(raw, "train.gradient_accumulation=3", world_size=4)
+    shares = ("train.micro_batch_size=32", "train.gradient_accumulation=3")
+    resolved = resolve(raw, *shares, world_size=4)
     assert raw == before
     assert resolved == {
         "zero_optimization": {"stage": 2, "compute_grad_norm": False},
@@ -183,6 +192,14 @@ def test_unreadable_files(tmp_path: Path, text: str | bytes, sentence: str) -> N
     with pytest.raises(ConfigError, match=sentence) as raised:
         load_ds_config(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_that_begins_with_the_mark_of_its_encoding(tmp_path: Path, encoding: str) -> None:
+    """Windows' editors write such files, and PowerShell's redirection does."""
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}', encoding=encoding)
+    assert load_ds_config(path) == {"zero_optimization": {"stage": 2}}
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from seer_scale.errors import UserError
 from seer_scale.config.recipe import parse
 try:
-    parse(sys.argv[2:], recipes=Path(sys.argv[1]))
+    parse(sys.argv[2:], recipes=Path(sys.argv[1]), ranks=1)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_status)
@@ -34,7 +34,7 @@ finally:
 
 
 def read(*argv: str) -> RunConfig:
-    return parse(argv, recipes=RECIPES).config
+    return parse(argv, recipes=RECIPES, ranks=1).config
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ BAD = [
     ("trian=5", ["trian is not a key", "did you mean train?"]),
     ("data.zzz=1", ["data.zzz is not a key", "data has data.path, data.crop_sizes"]),
     ("qqq=1", ["qqq is not a key", "the sections are run, train, model"]),
-    ("train=5", ["train is not a key", "train has train.steps"]),
+    ("train=5", ["train is not a key", "train has train.images", "train.steps"]),
     ("objective.a.b=1", ["objective.a.b is not a key", "objective.name"]),
     ("recipe=demo", ["recipe is an option, not a key", "--recipe demo"]),
     ("--recpie=demo", ["--recpie is not an option", "did you mean --recipe"]),
@@ -207,7 +207,16 @@ BAD_FILES = [
     ("? [a]\n: 5\n", ["not valid YAML", "unhashable key"]),
     ("train: !!python/object:os.system {}\n", ["not valid YAML", "line 1"]),
     ("a: 1\n---\nb: 2\n", ["not valid YAML", "line 2"]),
-    ("train: {micro_batch_size: 4}\n", ["lacks train.steps", "an integer > 0"]),
+    ("train: {micro_batch_size: 4}\n", ["lacks model.trunk", "a non-empty string"]),
+    (VALID.replace("steps: 10, ", ""), ["lacks train.images or train.steps", "an integer > 0"]),
+    (
+        VALID.replace(", micro_batch_size: 4", ""),
+        ["lacks train.global_batch or train.micro_batch_size", "an integer > 0"],
+    ),
+    (
+        f"optim: {{warmup_steps: 5, warmup_share: 0.1}}\n{VALID}",
+        ["optim.warmup_steps is 5 and optim.warmup_share is 0.1", "leave out one of them"],
+    ),
     (VALID.replace("10", "ten"), ['train.steps is "ten"', "an integer > 0"]),
     (f"run: {{dir: 5}}\n{VALID}", ["run.dir is 5", 'quotes make it one: "5"']),
     (f"recipe: 5\n{VALID}", ["recipe is 5", "a non-empty string"]),
@@ -255,11 +264,13 @@ def test_unreadable_recipe_files(tmp_path: Path) -> None:
 
 def test_overrides_win_in_any_position() -> None:
     arguments = ["train.steps=20", "--local_rank=1", "--recipe", "debug", "data.crop_counts=[2, 1]"]
-    parsed = parse([*arguments, "--resume", "auto", "run.seed=7"], recipes=RECIPES)
+    parsed = parse([*arguments, "--resume", "auto", "run.seed=7"], recipes=RECIPES, ranks=1)
     assert parsed.resume == "auto"
     config = parsed.config
     assert (config.train.steps, config.run.seed, config.data.crop_counts) == (20, 7, (2, 1))
-    assert parse(["--recipe", "debug", "--local_rank", "0"], recipes=RECIPES).resume is None
+    assert (
+        parse(["--recipe", "debug", "--local_rank", "0"], recipes=RECIPES, ranks=1).resume is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,6 +376,16 @@ def test_another_objective_drops_the_options_of_the_recipes() -> None:
     assert objective.options["epsilon"] == 0.1
 
 
+def test_a_recipe_that_names_no_objective_has_options_of_swav(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", f"objective: {{epsilon: 0.03}}\n{VALID}")
+    for argv in ([], ["objective.name=swav"]):
+        objective = read("--recipe", path, *argv).objective
+        assert (objective.name, objective.options) == ("swav", {"epsilon": 0.03})
+    objective = read("--recipe", path, "objective.name=simclr").objective
+    assert (objective.name, objective.options) == ("simclr", {})
+    assert read("--recipe", write(tmp_path / "no.yaml", VALID)).objective.name == "swav"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_dump_reads_back_equal(tmp_path: Path, name: str) -> None:
     config = read("--recipe", name, "--deepspeed_config", "ds_configs/zero2.json")
@@ -398,4 +419,16 @@ def test_help_names_every_key_and_recipe_without_torch() -> None:
 def test_config_is_frozen() -> None:
     config = read("--recipe", "debug")
     with pytest.raises(ValueError, match="frozen"):
-        config.train.steps = 5
+        config.train.steps = 5  # type: ignore[misc]  # what is refused
+
+
+def test_the_key_that_is_gone_is_accepted_where_it_had_no_effect(tmp_path: Path) -> None:
+    before = dump(read("--recipe", "debug")).replace("optim:\n", "optim:\n  nesterov: false\n")
+    path = write(tmp_path / "config.yaml", before)
+    assert "nesterov: false" in before
+    assert read("--recipe", path) == read("--recipe", "debug", "optim.nesterov=false")
+    assert "nesterov" not in dump(read("--recipe", path))
+    write(Path(path), before.replace("nesterov: false", "nesterov: true"))
+    for argv in (["--recipe", path], ["--recipe", "debug", "optim.nesterov=true"]):
+        with pytest.raises(ConfigError, match=r"optim.nesterov is true, but the key is gone"):
+            read(*argv)

@@ -24,8 +24,9 @@ GPUS = {
 }
 
 
-def recipe(name: str) -> RunConfig:
-    return parse(["--recipe", name], recipes=RECIPES).config
+def recipe(name: str, ranks: int = 0) -> RunConfig:
+    """The recipe on the published number of GPUs, or on another."""
+    return parse(["--recipe", name], recipes=RECIPES, ranks=ranks or GPUS.get(name, 2)).config
 
 
 def global_batch(name: str) -> int:
@@ -73,8 +74,9 @@ def test_batch_length_and_peak_learning_rate(
     name: str, batch: int, steps: int, peak: float
 ) -> None:
     config = recipe(name)
-    assert global_batch(name) == batch
+    assert global_batch(name) == config.train.global_batch == batch
     assert config.train.steps == steps
+    assert config.train.gradient_accumulation == 1
     assert config.optim.lr is None
     assert config.optim.base_lr * batch / 256 == pytest.approx(peak, rel=1e-12)
 
@@ -83,6 +85,8 @@ def test_batch_length_and_peak_learning_rate(
     ("name", "warmup"),
     [
         ("swav_in1k_regnety_16gf", round(10 * 1_281_167 / 4096)),
+        ("seer_32gf", round(2 * 0.0128 * 244_140)),
+        ("seer_64gf", 8000),
         ("seer_128gf", 8000),
         ("seer_256gf", 8000),
         ("seer_rg10b", round(0.043648 * 126_008)),
@@ -96,7 +100,7 @@ def test_warmup(name: str, warmup: int) -> None:
     ("name", "trunk", "head_dims", "prototypes"),
     [
         ("swav_in1k_regnety_16gf", "regnety_16gf", (3024, 128), 3000),
-        ("seer_32gf", "regnety_32gf", (8192, 8192, 256), 16000),
+        ("seer_32gf", "regnety_32gf", (4096, 4096, 256), 16000),
         ("seer_64gf", "regnety_64gf", (8192, 8192, 256), 16000),
         ("seer_128gf", "regnety_128gf", (8192, 8192, 256), 16000),
         ("seer_256gf", "regnety_256gf", (8192, 8192, 256), 16000),
@@ -106,7 +110,7 @@ def test_warmup(name: str, warmup: int) -> None:
 def test_model(name: str, trunk: str, head_dims: tuple[int, ...], prototypes: int) -> None:
     model = recipe(name).model
     assert (model.trunk, model.head_dims, model.prototypes) == (trunk, head_dims, prototypes)
-    assert not model.head_batch_norm
+    assert model.head_batch_norm == (name == "seer_32gf")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_objective(name: str, epsilon: float, iterations: int) -> None:
     ("name", "sizes", "counts", "group"),
     [
         ("swav_in1k_regnety_16gf", (224, 96), (2, 6), 8),
-        ("seer_32gf", (224, 96), (2, 4), 64),
+        ("seer_32gf", (224, 96), (2, 4), 32),
         ("seer_64gf", (224, 96), (2, 4), 64),
         ("seer_128gf", (224, 96), (2, 4), 64),
         ("seer_256gf", (224, 96), (2, 4), 64),
@@ -158,11 +162,10 @@ def test_optimizer(name: str) -> None:
     optim = recipe(name).optim
     assert optim.larc
     assert (optim.trust_coefficient, optim.momentum, optim.base_lr) == (1e-3, 0.9, 0.3)
-    assert not optim.nesterov
-    assert optim.weight_decay == (1e-5 if name in SEER else 1e-6)
+    assert optim.weight_decay == (1e-5 if name in ("seer_256gf", "seer_rg10b") else 1e-6)
     assert optim.end_lr_ratio == 1e-3
     assert optim.freeze_prototypes_steps == 313
-    constant = ("seer_32gf", "seer_64gf", "seer_128gf")
+    constant = ("seer_64gf", "seer_128gf")
     assert optim.schedule == ("constant" if name in constant else "cosine")
 
 
@@ -180,3 +183,36 @@ def test_small_ones_fit_a_cpu(name: str) -> None:
     assert config.train.precision == "fp32"
     assert config.train.micro_batch_size * sum(config.data.crop_counts) <= 32 * 6
     assert config.optim.freeze_prototypes_steps < config.train.steps
+
+
+IMAGES = {
+    "demo": 20_480,
+    "swav_in1k_regnety_16gf": 250_228 * 4096,
+    **dict.fromkeys(SEER, 1_000_000_000),
+}
+
+
+@pytest.mark.parametrize("ranks", [0, 8, 64])
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_recipe_trains_its_images_on_any_number_of_gpus(name: str, ranks: int) -> None:
+    published, config = recipe(name), recipe(name, ranks)
+    world, train = ranks or GPUS.get(name, 2), config.train
+    made = train.micro_batch_size * world * train.gradient_accumulation
+    assert (train.images, train.global_batch, made) == (
+        IMAGES[name],
+        published.train.global_batch,
+        published.train.global_batch,
+    )
+    # All steps are of whole batches: what is left over makes none.
+    assert 0 <= IMAGES[name] - train.steps * made < made
+    largest = {"demo": 64}.get(name, published.train.micro_batch_size)
+    assert train.micro_batch_size <= largest
+    # The schedule is the published one, step by step.
+    assert config.optim == published.optim
+
+
+def test_debug_says_steps_and_takes_as_many_everywhere() -> None:
+    for ranks in (1, 2, 8, 64):
+        train = recipe("debug", ranks).train
+        assert (train.steps, train.micro_batch_size, train.gradient_accumulation) == (8, 4, 1)
+        assert (train.global_batch, train.images) == (4 * ranks, 32 * ranks)

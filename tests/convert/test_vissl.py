@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import seer_scale
 from seer_scale.convert import convert, open_trunk
+from seer_scale.convert.names import to_grouped
 from seer_scale.errors import CheckpointError
 from seer_scale.models import TRUNKS
 from seer_scale.models.heads import ProjectionHead, Prototypes
@@ -51,9 +53,9 @@ def dictionary(*heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{i}.{name}": tensor for i, head in enumerate(heads) for name, tensor in head.items()}
 
 
-def sharded(flatten: bool, world: int) -> Callable[..., None]:
+def sharded(flatten: bool, world: int, absolute: bool = False) -> Callable[..., None]:
     def write(path: Path, trunk: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
-        write_sharded(path, trunk, [head], world, flatten)
+        write_sharded(path, trunk, [head], world, flatten, absolute)
 
     return write
 
@@ -64,10 +66,12 @@ LAYOUTS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, Tensor]], 
     "sharded": sharded(False, 3),
     "sharded, flat": sharded(True, 4),
     "sharded, more ranks than elements": sharded(False, 70),
+    "sharded, listed by absolute paths": sharded(False, 2, absolute=True),
     "sliced": lambda path, trunk, head: write_sliced(path, trunk, dictionary(head)),
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_each_layout_is_read(layout: str, grouped: bool, tmp_path: Path) -> None:
@@ -84,6 +88,18 @@ def test_each_layout_is_read(layout: str, grouped: bool, tmp_path: Path) -> None
     assert len(found.kinds) == len(model.state_dict())
     assert_same_bits({name: found.head.read(name) for name in found.head.kinds}, ours)
     assert found.notes == ()
+
+
+@pytest.mark.parametrize("layout", ["sharded, listed by absolute paths", "sliced"])
+def test_a_list_that_is_moved_alone_finds_its_files_where_they_were(
+    layout: str, tmp_path: Path
+) -> None:
+    state = vissl_trunk().state_dict()
+    LAYOUTS[layout](tmp_path / "model.torch", state, {})
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(tmp_path / "model.torch", tmp_path / "elsewhere" / "other.torch")
+    expected = open_and_read(tmp_path / "plain.torch", state)
+    assert_same_bits(dict(seer_scale.load(moved).state_dict()), expected)
 
 
 PREFIXES = ["module.", "trunk.", "trunk.base_model.", "module.trunk._fsdp_wrapped_module."]
@@ -138,11 +154,23 @@ def test_a_swav_head_there_and_back(batch_norm: bool, tmp_path: Path) -> None:
     assert f"dropped the SwAV head ({len(ours)} tensors)" in found.notes[0]
 
 
+def test_an_export_over_another_has_nothing_of_its_head(tmp_path: Path) -> None:
+    model, (head, ours) = vissl_trunk(), swav_head(batch_norm=False)
+    write_consolidated(tmp_path / "with.torch", model.state_dict(), dictionary(head))
+    write_consolidated(tmp_path / "without.torch", model.state_dict(), {})
+    convert(tmp_path / "with.torch", "safetensors", tmp_path / "own")
+    assert open_trunk(tmp_path / "own").head.kinds.keys() == ours.keys()
+    convert(tmp_path / "without.torch", "safetensors", tmp_path / "own")
+    assert open_trunk(tmp_path / "own").head.kinds == {}
+
+
 @pytest.mark.parametrize("kind", ["linear", "eval_mlp", "eval_mlp without affine"])
 def test_a_classifier_keeps_its_scores(kind: str, tmp_path: Path) -> None:
     model = vissl_trunk()
     linear = randomised(nn.Linear(WIDTH, 11), 7)
     norm = randomised(nn.BatchNorm2d(WIDTH, affine="without" not in kind), 8).eval()
+    assert norm.running_var is not None
+    norm.running_var[::2] = 1e-5  # of channels that hardly vary: as much as BatchNorm's eps
     head = {f"clf.0.{name}": tensor for name, tensor in linear.state_dict().items()}
     if kind != "linear":
         head = {f"clf.{name}": tensor for name, tensor in head.items()}
@@ -187,6 +215,32 @@ def test_a_classifier_in_timm(tmp_path: Path) -> None:
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     with torch.inference_mode():
         assert difference(theirs(images()), linear(model(images()))) < 1e-4
+
+
+def test_a_classifier_in_transformers(tmp_path: Path) -> None:
+    from transformers import RegNetForImageClassification
+
+    model, linear = vissl_trunk(), randomised(nn.Linear(WIDTH, 5), 7)
+    head = {f"0.clf.0.{name}": tensor for name, tensor in linear.state_dict().items()}
+    write_consolidated(tmp_path / "ft.torch", model.state_dict(), head)
+    convert(tmp_path / "ft.torch", "huggingface", tmp_path / "out")
+    theirs = RegNetForImageClassification.from_pretrained(tmp_path / "out").eval()
+    # It would also take names without the prefix of its trunk, but others read the file too.
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == theirs.state_dict().keys()
+    with torch.inference_mode():
+        assert difference(theirs(images()).logits, linear(model(images()))) < 1e-4
+
+
+def test_rg10b_s_third_stage_is_in_the_two_groups_that_it_recomputes() -> None:
+    """The published groups of the third stage end before blocks 9 and 17."""
+    for index, group in ((0, 0), (8, 0), (9, 1), (16, 1)):
+        name = f"trunk_output.block3.block3-{index}.f.a.0.weight"
+        assert to_grouped(name, "rg_10b") == (
+            f"_feature_blocks.res4.block3-part{group}.block3-{index}.f.a.0.weight"
+        )
+    assert to_grouped("trunk_output.block2.block2-6.f.c.1.bias", "rg_10b") == (
+        "_feature_blocks.res3.block2-part0.block2-6.f.final_bn.bias"
+    )
 
 
 def test_joining_shards_is_fairscales(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def local_state(
 
     With `flatten` a wrapper's parameters are one flat parameter.
     """
-    local, wrappers = {}, {}
+    local: dict[str, Tensor] = {}
+    wrappers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name.endswith(BUFFERS):
             local[name] = tensor
@@ -85,6 +86,7 @@ def write_sharded(
     heads: list[Mapping[str, Tensor]],
     world: int,
     flatten: bool = False,
+    absolute: bool = False,
 ) -> None:
     names = [f"{path.stem}_shard{rank}.torch" for rank in range(world)]
     for rank, name in enumerate(names):
@@ -96,7 +98,8 @@ def write_sharded(
             {"trunk": meta, "heads": [head_meta for _, head_meta in pairs]},
         )
         torch.save({**whole, "type": "shard"}, path.with_name(name))
-    torch.save({"type": "shard_list", "shards": names}, path)
+    listed = [str(path.with_name(name).resolve()) for name in names] if absolute else names
+    torch.save({"type": "shard_list", "shards": listed}, path)
 
 
 def write_sliced(path: Path, trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> None:

@@ -23,12 +23,14 @@ class SqueezeExcite(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.excitation(x.mean((2, 3), keepdim=True))
+        scaled: Tensor = x * self.excitation(x.mean((2, 3), keepdim=True))
+        return scaled
 
 
 class Block(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int, group_width: int) -> None:
         super().__init__()
+        self.proj: nn.Conv2d | None
         if width_in != width or stride != 1:
             self.proj = nn.Conv2d(width_in, width, 1, stride, bias=False)
             self.bn = nn.BatchNorm2d(width)
@@ -59,7 +61,8 @@ class Stem(nn.Module):
         self.stem = nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stem(x)
+        features: Tensor = self.stem(x)
+        return features
 
 
 class VisslRegNet(nn.Module):
@@ -89,4 +92,5 @@ class VisslRegNet(nn.Module):
         self._feature_blocks = nn.Sequential(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._feature_blocks(images)
+        features: Tensor = self._feature_blocks(images)
+        return features

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seer_scale.models import build_trunk
+from seer_scale.models.regnet import RegNet
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomised(module: M, seed: int = 0) -> M:
     """Every tensor random, of a size that keeps features finite through dozens of blocks."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -28,7 +32,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def random_trunk(name: str, seed: int = 0) -> nn.Module:
+def random_trunk(name: str, seed: int = 0) -> RegNet:
     return randomised(build_trunk(name, device="meta").to_empty(device="cpu"), seed)
 
 

@@ -1,4 +1,4 @@
-"""Broken files as a crawl of the web leaves them, each with its cause.
+"""Broken files, as a crawl of the web leaves them, each with its cause.
 
 Every file is made from seeded random numbers; nothing is downloaded or stored.
 """

@@ -1,4 +1,4 @@
-"""Odd but good images as a crawl of the web holds them, each with what it must decode to."""
+"""Odd but good images, as a crawl of the web finds them, each with its expected pixels."""
 
 import io
 import struct

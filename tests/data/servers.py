@@ -2,91 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import threading
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
-HOST = "127.0.0.1"
+from harness.file_server import HOST, FileServer
 
-
-class FileServer:
-    """Serves a folder over HTTP/1.1 with byte ranges; can be restarted on its port.
-
-    Attributes:
-        ranges: whether ranges are honoured.
-        failures: statuses that the next requests are answered with.
-        requests: method, path and range of every request.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ranges, self.port = folder, True, 0
-        self.failures: list[int] = []
-        self.requests: list[tuple[str, str, str]] = []
-        self._server: ThreadingHTTPServer | None = None
-        self.start()
-
-    def start(self) -> None:
-        self._server = ThreadingHTTPServer((HOST, self.port), _handler(self))
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def count(self, method: str) -> int:
-        return sum(request[0] == method for request in self.requests)
-
-
-def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def _answer(self, with_body: bool) -> None:
-            asked = self.headers.get("Range", "")
-            owner.requests.append((self.command, self.path, asked))
-            path = owner.folder / unquote(urlsplit(self.path).path).lstrip("/")
-            status = owner.failures.pop(0) if owner.failures else 200 if path.is_file() else 404
-            if status != 200:
-                self.send_response(status)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            data, info = path.read_bytes(), path.stat()
-            match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
-            if match and owner.ranges:
-                start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-                data = data[start:stop]
-            else:
-                self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{info.st_size:x}-{info.st_mtime_ns:x}"')
-            self.send_header("Last-Modified", self.date_time_string(int(info.st_mtime)))
-            self.end_headers()
-            if with_body:
-                with suppress(ConnectionError):
-                    self.wfile.write(data)
-
-    return Handler
+__all__ = ["BadNetwork", "FileServer", "S3Server"]
 
 
 class S3Server:
@@ -132,6 +57,7 @@ class BadNetwork:
 
     def stop(self) -> None:
         """Nobody listens any more, and connections break."""
+        assert self._listener is not None
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

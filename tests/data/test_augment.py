@@ -1,4 +1,9 @@
+"""Drawing and distorting against torchvision: boxes, probabilities, pixels."""
+
+from __future__ import annotations
+
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,24 +24,24 @@ P_VALUE = 1e-4  # seeds are fixed: a failure is a changed distribution, not bad 
 
 
 @pytest.fixture(scope="module")
-def image():
+def image() -> Any:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((150, 120), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
-def photographs():
+def photographs() -> Any:
     names = ("astronaut", "coffee", "chelsea", "rocket", "retina")
     return [Image.fromarray(getattr(skimage.data, name)()).resize((96, 96)) for name in names]
 
 
-def draws(multi_crop, width=150, height=120):
+def draws(multi_crop: Any, width: Any = 150, height: Any = 120) -> Any:
     return [p for i in range(DRAWS) for p in multi_crop.draw(sample_rng(5, i), width, height)]
 
 
 @pytest.mark.parametrize("scale", [(0.14, 1.0), (0.05, 0.14)])
 @pytest.mark.parametrize(("width", "height"), [(150, 120), (40, 200), (300, 30)])
-def test_boxes_are_distributed_as_torchvisions(scale, width, height):
+def test_boxes_are_distributed_as_torchvisions(scale: Any, width: Any, height: Any) -> None:
     torch.manual_seed(0)
     blank = Image.new("RGB", (width, height))
     expected = np.array(
@@ -54,8 +59,19 @@ def test_boxes_are_distributed_as_torchvisions(scale, width, height):
         assert ks_2samp(ours, theirs).pvalue > P_VALUE
 
 
+def test_a_box_may_lie_anywhere_up_to_all_four_edges() -> None:
+    boxes = [p.box for p in draws(MultiCrop((8,), (1,), ((0.1, 0.5),)), 12, 9)]
+    for first, side in ((0, 12), (1, 9)):  # left and width, top and height
+        begins: dict[int, set[int]] = {}
+        for box in boxes:
+            begins.setdefault(box[first + 2] - box[first], set()).add(box[first])
+        assert len(begins) > 4
+        for length, found in begins.items():
+            assert found == set(range(side - length + 1)), length
+
+
 @pytest.mark.parametrize("strength", [0.5, 1.0, 1.5])
-def test_jitter_is_distributed_as_torchvisions(strength):
+def test_jitter_is_distributed_as_torchvisions(strength: Any) -> None:
     torch.manual_seed(0)
     reference = transforms.ColorJitter(*(strength * s for s in (0.8, 0.8, 0.8, 0.2)))
     ranges = (reference.brightness, reference.contrast, reference.saturation, reference.hue)
@@ -71,10 +87,10 @@ def test_jitter_is_distributed_as_torchvisions(strength):
     assert chisquare(counts).pvalue > P_VALUE
 
 
-def test_probabilities_and_blur_are_the_published_ones():
+def test_probabilities_and_blur_are_the_published_ones() -> None:
     crops = draws(MultiCrop((8,), (1,), ((0.14, 1.0),)))
 
-    def share(flags):
+    def share(flags: Any) -> Any:
         return np.mean(list(flags))
 
     # 5 standard deviations of a share of 2000 are at most 0.056
@@ -86,7 +102,7 @@ def test_probabilities_and_blur_are_the_published_ones():
     assert kstest(radii, "uniform", args=(0.1, 1.9)).pvalue > P_VALUE
 
 
-def test_choices_of_one_crop_are_independent():
+def test_choices_of_one_crop_are_independent() -> None:
     crops = draws(MultiCrop((8,), (1,), ((0.14, 1.0),)))
     table = np.array(
         [
@@ -98,12 +114,12 @@ def test_choices_of_one_crop_are_independent():
     assert np.abs(correlation - np.eye(len(correlation))).max() < 5 / np.sqrt(DRAWS)
 
 
-def test_zero_strengths_switch_off():
+def test_zero_strengths_switch_off() -> None:
     crops = draws(MultiCrop((8,), (1,), ((1.0, 1.0),), color_distortion=0, blur_probability=0))
     assert all(p.jitter is None and p.blur == 0 for p in crops)
 
 
-def reference(crop, p: CropParameters):
+def reference(crop: Any, p: CropParameters) -> Any:
     """SwAV's composition after the crop, spelled with torchvision and PIL."""
     if p.flip:
         crop = F.hflip(crop)
@@ -125,7 +141,7 @@ def reference(crop, p: CropParameters):
     return crop
 
 
-def parameters(**changes):
+def parameters(**changes: Any) -> Any:
     neutral = CropParameters(
         size=96,
         box=(0, 0, 96, 96),
@@ -138,7 +154,7 @@ def parameters(**changes):
     return dataclasses.replace(neutral, **changes)
 
 
-def jitter(which, *amounts):
+def jitter(which: Any, *amounts: Any) -> Any:
     """Parameters of one of the four adjustments alone."""
     return [
         parameters(jitter=(amount, amount, amount, amount), jitter_order=(which,))
@@ -164,7 +180,7 @@ MARGIN = 6  # of a blur: each of Pillow's passes repeats the edge anew
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_is_close_to_torchvisions(photographs, operation):
+def test_every_operation_is_close_to_torchvisions(photographs: Any, operation: Any) -> None:
     choices, largest, mean = OPERATIONS[operation]
     for crop in photographs:
         for p in choices:
@@ -178,7 +194,7 @@ def test_every_operation_is_close_to_torchvisions(photographs, operation):
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.5, 0.999, 1.0, 1.5, 2.0])
-def test_blur_has_the_standard_deviation_that_was_asked_for(radius):
+def test_blur_has_the_standard_deviation_that_was_asked_for(radius: Any) -> None:
     dot = np.zeros((31, 31, 3), np.uint8)
     dot[:, 15] = 255
     profile = distort(dot, parameters(size=31, blur=radius))[15, :, 0].astype(float)
@@ -188,19 +204,19 @@ def test_blur_has_the_standard_deviation_that_was_asked_for(radius):
     assert np.sqrt(variance) == pytest.approx(radius, abs=0.04)
 
 
-def test_composition_has_torchvisions_statistics(photographs):
+def test_composition_has_torchvisions_statistics(photographs: Any) -> None:
     """The same draws: pixels differ by the rounding of each operation, in no direction."""
     multi_crop = MultiCrop((96,), (1,), ((0.5, 1.0),))
     used = set()
-    ours, theirs = [], []
+    distorted, expected = [], []
     for index in range(300):
         crop = photographs[index % len(photographs)]
         (p,) = multi_crop.draw(sample_rng(1, index), 96, 96)
-        ours.append(distort(np.asarray(crop), p))
-        theirs.append(np.asarray(reference(crop, p)))
+        distorted.append(distort(np.asarray(crop), p))
+        expected.append(np.asarray(reference(crop, p)))
         used.add((p.flip, bool(p.jitter), p.grayscale, p.blur > 0))
     assert len(used) == 16  # every combination was compared
-    ours, theirs = np.stack(ours).astype(float), np.stack(theirs).astype(float)
+    ours, theirs = np.stack(distorted).astype(float), np.stack(expected).astype(float)
     assert np.abs(ours - theirs).mean() < 1.5
     for statistic in (np.mean, np.std):
         difference = statistic(ours, (1, 2)) - statistic(theirs, (1, 2))  # [300, 3]
@@ -209,7 +225,7 @@ def test_composition_has_torchvisions_statistics(photographs):
     assert np.abs(shares[0] - shares[1]).max() < 0.005
 
 
-def test_normalise_equals_torchvisions(image):
+def test_normalise_equals_torchvisions(image: Any) -> None:
     expected = F.normalize(F.to_tensor(image), MEAN, STD)
     assert torch.equal(normalise(torch.from_numpy(np.array(image))), expected)
 
@@ -223,6 +239,6 @@ def test_normalise_equals_torchvisions(image):
         ({"color_distortion": 3.0}, "color_distortion=3.0 is outside 0 to 2.5"),
     ],
 )
-def test_impossible_settings_are_named(arguments, sentence):
+def test_impossible_settings_are_named(arguments: Any, sentence: Any) -> None:
     with pytest.raises(ConfigError, match=sentence):
         MultiCrop(**{"sizes": (64, 32), "counts": (2, 4), **arguments})

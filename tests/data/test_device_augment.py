@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_
 
 
 @pytest.fixture(scope="module")
-def crops():
+def crops() -> Any:
     """One square per photograph, uint8 `[15, SIDE, SIDE, 3]`."""
     pixels = []
     for image in load_photographs():
@@ -39,39 +40,55 @@ def crops():
     return torch.from_numpy(np.stack(pixels))
 
 
-def choose(flip=False, jitter=None, order=(0, 1, 2, 3), grayscale=False, blur=0.0):
+def choose(
+    flip: Any = False,
+    jitter: Any = None,
+    order: Any = (0, 1, 2, 3),
+    grayscale: Any = False,
+    blur: Any = 0.0,
+) -> Any:
     return CropParameters(SIDE, (0, 0, 1, 1), flip, jitter, order, grayscale, blur)
 
 
-def levels(normalised):
+def levels(normalised: Any) -> Any:
     """Back to 0 to 255, `[N, 3, s, s]`."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (normalised * std + mean) * 255
 
 
-def run(crops, *parameters):
+def run(crops: Any, *parameters: Any) -> Any:
     """The same crops with the same parameters each, or with their own."""
     chosen = list(parameters) * len(crops) if len(parameters) == 1 else list(parameters)
     return levels(distort_batch(crops, pack(chosen)))
 
 
-def channels_first(crops):
+def channels_first(crops: Any) -> Any:
     return crops.movedim(-1, 1).float()
 
 
-def by_tensor(crops, parameters):
-    """torchvision's operations on one float image at a time, in 0 to 255."""
+def adjust(image: Any, which: int, value: float) -> Any:
+    """Pillow's adjustment of an image; hue by torchvision in float32, rounded to whole levels."""
+    if which < 3:
+        return ADJUST[which](image, value)
+    pixels = torch.from_numpy(np.asarray(image).copy()).movedim(-1, 0).float() / 255
+    turned = (F.adjust_hue(pixels, value) * 255).round().byte()
+    return Image.fromarray(turned.movedim(0, -1).numpy())
+
+
+def with_fine_hue(crops: Any, parameters: Any) -> Any:
+    """Pillow's operations without its coarse hue, on one image at a time, in 0 to 255."""
     images = []
-    for pixels, p in zip(channels_first(crops) / 255, parameters, strict=True):
-        image = F.horizontal_flip(pixels) if p.flip else pixels
+    for pixels, p in zip(crops, parameters, strict=True):
+        image = Image.fromarray(pixels.numpy())
+        image = F.horizontal_flip(image) if p.flip else image
         for which in p.jitter_order if p.jitter else ():
-            image = ADJUST[which](image, p.jitter[which])
-        image = F.rgb_to_grayscale(image, 3) if p.grayscale else image
-        images.append(image * 255)
-    return torch.stack(images)
+            image = adjust(image, which, p.jitter[which])
+        image = F.to_grayscale(image, 3) if p.grayscale else image
+        images.append(np.asarray(image))
+    return channels_first(torch.from_numpy(np.stack(images)))
 
 
-def by_pillow(crops, parameters):
+def by_pillow(crops: Any, parameters: Any) -> Any:
     """torchvision's operations on PIL images, as SwAV composes them."""
     images = []
     for pixels, p in zip(crops, parameters, strict=True):
@@ -87,74 +104,59 @@ def by_pillow(crops, parameters):
     return channels_first(torch.from_numpy(np.stack(images)))
 
 
-def random_parameters(count, seed=0, **fixed):
+def random_parameters(count: Any, seed: Any = 0, **fixed: Any) -> Any:
     """As a training draws them."""
     multi_crop = MultiCrop((SIDE,), (count,), ((0.14, 1.0),), **fixed)
     return multi_crop.draw(sample_rng(seed, 0), 640, 480)
 
 
-def test_nothing_chosen_changes_nothing(crops):
+def test_nothing_chosen_changes_nothing(crops: Any) -> None:
     assert torch.allclose(run(crops, choose()), channels_first(crops), atol=1e-3)
 
 
-def test_flip_mirrors_the_columns(crops):
+def test_flip_mirrors_the_columns(crops: Any) -> None:
     assert torch.allclose(run(crops, choose(flip=True)), channels_first(crops).flip(3), atol=1e-3)
 
 
-# A blend adds rounding of float32. torchvision's red has weight 0.2989 in gray, Pillow's 0.299:
-# 0.0001 * 255 levels, times up to 1.8 of saturation and contrast.
+# Up to a rounding of float32 at a whole number, which the cut makes a level.
 @pytest.mark.parametrize("which", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 @pytest.mark.parametrize("strength", [0.0, 0.2, 0.7, 1.0, 1.3, 1.8])
-def test_an_adjustment_equals_torchvisions_on_float_tensors(crops, which, strength):
+def test_an_adjustment_is_rounded_as_pillows(crops: Any, which: Any, strength: Any) -> None:
     jitter = list(NEUTRAL)
     jitter[which] = strength if which < 3 else (strength - 0.9) * 0.2
-    chosen = choose(jitter=tuple(jitter))
-    expected = ADJUST[which](channels_first(crops) / 255, jitter[which]) * 255
-    assert (run(crops, chosen) - expected).abs().max() < 0.05
+    chosen = [choose(jitter=tuple(jitter))] * len(crops)
+    difference = run(crops, *chosen) - with_fine_hue(crops, chosen)
+    assert difference.abs().max() < 1.01
+    assert difference.abs().mean() < 2e-3
 
 
-def test_hue_of_every_colour_equals_torchvisions():
+def test_hue_of_every_colour_equals_torchvisions() -> None:
     """Ties of channels, gray, black and white among them."""
     steps = torch.tensor([0, 1, 63, 64, 127, 128, 192, 254, 255], dtype=torch.uint8)
     colours = torch.cartesian_prod(steps, steps, steps).view(1, 27, 27, 3)
     for shift in (-0.5, -0.21, -1e-3, 0.0, 1 / 6, 0.2, 0.5):
         ours = run(colours, choose(jitter=(1.0, 1.0, 1.0, shift)))
         expected = F.adjust_hue(channels_first(colours) / 255, shift) * 255
-        # 1e-3 of the range: a difference of two large levels over a small chroma, in float32.
-        assert (ours - expected).abs().max() < 0.05, shift
+        # Half a level of rounding, and a difference of two large levels over a small chroma.
+        assert (ours - expected).abs().max() < 0.55, shift
 
 
-def test_grayscale_equals_torchvisions(crops):
-    ours = run(crops, choose(grayscale=True))
-    assert (ours - F.rgb_to_grayscale(channels_first(crops), 3)).abs().max() < 0.05
-    # Pillow rounds to the nearest integer.
-    assert (ours - by_pillow(crops, [choose(grayscale=True)] * len(crops))).abs().max() < 0.51
+def test_grayscale_is_pillows(crops: Any) -> None:
+    chosen = [choose(grayscale=True)] * len(crops)
+    assert (run(crops, *chosen) - by_pillow(crops, chosen)).abs().max() < 1e-3
 
 
-# Levels by which Pillow differs at most and on average. Its blends cut the fraction off; its hue
-# and saturation are rounded to 256 steps, and a step of hue is 6/256 of the chroma.
-@pytest.mark.parametrize(
-    ("jitter", "most", "average"),
-    [
-        ((0.6, 1.0, 1.0, 0.0), 1.01, 0.6),
-        ((1.6, 1.0, 1.0, 0.0), 1.01, 0.6),
-        ((1.0, 0.4, 1.0, 0.0), 1.5, 0.9),
-        ((1.0, 1.7, 1.0, 0.0), 1.5, 0.9),
-        ((1.0, 1.0, 0.3, 0.0), 1.5, 0.9),
-        ((1.0, 1.0, 1.8, 0.0), 1.5, 0.9),
-        ((1.0, 1.0, 1.0, 0.15), 12.0, 2.0),
-        ((1.0, 1.0, 1.0, -0.2), 12.0, 2.0),
-    ],
-)
-def test_an_adjustment_is_close_to_pillows(crops, jitter, most, average):
-    chosen = [choose(jitter=jitter)] * len(crops)
+# Levels: a step of Pillow's hue is 6/256 of the chroma.
+@pytest.mark.parametrize("shift", [0.15, -0.2])
+def test_hue_is_close_to_pillows(crops: Any, shift: float) -> None:
+    chosen = [choose(jitter=(1.0, 1.0, 1.0, shift))] * len(crops)
     difference = (run(crops, *chosen) - by_pillow(crops, chosen)).abs()
-    assert difference.max() < most
-    assert difference.mean() < average
+    assert difference.max() < 12
+    assert difference.mean() < 2
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.3, 0.5, 0.9, 1.3, 1.7, 2.0])
-def test_blur_is_pillows(crops, radius):
+def test_blur_is_pillows(crops: Any, radius: Any) -> None:
     chosen = [choose(blur=radius)] * len(crops)
     difference = (run(crops, *chosen) - by_pillow(crops, chosen)).abs()
     # Inside, only Pillow's rounding after each of six box filters is left: half a level each.
@@ -164,7 +166,7 @@ def test_blur_is_pillows(crops, radius):
     assert difference.mean() < 0.7
 
 
-def test_blur_has_the_variance_of_the_gaussian():
+def test_blur_has_the_variance_of_the_gaussian() -> None:
     impulse = torch.zeros(1, 33, 33, 3, dtype=torch.uint8)
     impulse[0, 16, 16] = 255
     place = torch.arange(33.0) - 16
@@ -174,37 +176,37 @@ def test_blur_has_the_variance_of_the_gaussian():
         assert (row * place**2).sum() == pytest.approx(radius**2, abs=2e-3)
 
 
-def test_every_order_of_the_jitter_is_kept(crops):
+def test_every_order_of_the_jitter_is_kept(crops: Any) -> None:
     crop = crops[:1].expand(len(ORDERS), -1, -1, -1)
-    chosen = [choose(jitter=(1.4, 0.5, 1.7, 0.15), order=order) for order in ORDERS]
-    ours, expected = run(crop, *chosen), by_tensor(crop, chosen)
-    assert (ours - expected).abs().max() < 0.1
+    chosen = [choose(jitter=(1.4, 0.5, 1.7, 0.16), order=order) for order in ORDERS]
+    ours, expected = run(crop, *chosen), with_fine_hue(crop, chosen)
+    assert (ours - expected).abs().mean() < 5e-2
     # The orders differ by far more than that.
-    apart = (expected[:, None] - expected).abs().amax((2, 3, 4)) + 1e9 * torch.eye(len(ORDERS))
-    assert apart.min() > 0.5
+    apart = (expected[:, None] - expected).abs().mean((2, 3, 4)) + 1e9 * torch.eye(len(ORDERS))
+    assert apart.min() > 5e-2
 
 
-def test_the_whole_chain_equals_torchvisions(crops):
+def test_the_whole_chain_equals_torchvisions(crops: Any) -> None:
     many = crops.repeat(20, 1, 1, 1)
     sharp = random_parameters(len(many), blur_probability=0)
-    difference = (run(many, *sharp) - by_tensor(many, sharp)).abs()
-    # Contrast and saturation of up to 1.8 multiply what gray weights and rounding leave.
-    assert difference.max() < 0.5
+    difference = run(many, *sharp) - with_fine_hue(many, sharp)
+    assert difference.abs().mean() < 5e-3
     chosen = random_parameters(len(many), seed=1)
-    difference = (run(many, *chosen) - by_pillow(many, chosen)).abs()
-    assert difference.mean() < 1.5  # levels: Pillow rounds down up to four times
+    difference = run(many, *chosen) - by_pillow(many, chosen)
+    assert difference.abs().mean() < 1.0  # levels, by Pillow's hue
+    assert abs(difference.mean()) < 0.1
 
 
-def test_host_and_device_agree(crops):
+def test_host_and_device_agree(crops: Any) -> None:
     many = crops.repeat(10, 1, 1, 1)
     chosen = random_parameters(len(many), seed=2)
     host = [distort(pixels.numpy(), p) for pixels, p in zip(many, chosen, strict=True)]
     difference = run(many, *chosen) - channels_first(torch.from_numpy(np.stack(host)))
-    assert difference.abs().mean() < 1.5
-    assert abs(difference.mean()) < 1.0
+    assert difference.abs().mean() < 1.0
+    assert abs(difference.mean()) < 0.2  # levels: neither is brighter than the other
 
 
-def test_a_row_does_not_depend_on_the_others(crops):
+def test_a_row_does_not_depend_on_the_others(crops: Any) -> None:
     parameters = pack(random_parameters(len(crops)))
     together = distort_batch(crops, parameters)
     order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(0))
@@ -215,7 +217,7 @@ def test_a_row_does_not_depend_on_the_others(crops):
         assert torch.allclose(alone[0], together[row], atol=1e-5)
 
 
-def test_shapes_types_and_untouched_input(crops):
+def test_shapes_types_and_untouched_input(crops: Any) -> None:
     before = crops.clone()
     parameters = pack(random_parameters(len(crops)))
     assert parameters.shape == (len(crops), COLUMNS)
@@ -229,7 +231,7 @@ def test_shapes_types_and_untouched_input(crops):
     assert torch.allclose(result, distort_batch(crops, parameters), atol=1e-5)
 
 
-def test_no_value_decides_what_is_computed(crops):
+def test_no_value_decides_what_is_computed(crops: Any) -> None:
     """One graph without a break: on a GPU the host would never wait."""
     parameters = pack(random_parameters(len(crops)))
     compiled = torch.compile(distort_batch, fullgraph=True, backend="eager")
@@ -237,7 +239,7 @@ def test_no_value_decides_what_is_computed(crops):
     assert torch.allclose(compiled(crops, parameters), expected, atol=1e-5)
 
 
-def test_too_large_a_blur_is_refused():
+def test_too_large_a_blur_is_refused() -> None:
     with pytest.raises(ValueError, match=r"blur 2.5 is outside 0 to 2.0"):
         pack([choose(blur=2.5)])
 
@@ -245,7 +247,7 @@ def test_too_large_a_blur_is_refused():
 # ------------------------------------------------- distributions, each side with its own chance
 
 
-def features(crops):
+def features(crops: Any) -> Any:
     """Per crop of 0 to 255 `[N, 3, s, s]`: what each operation shows in, as name -> `[N]`."""
     gray = crops.mean(1)
     found = {
@@ -260,12 +262,12 @@ def features(crops):
     return {name: values.round(decimals=2) for name, values in found.items()}
 
 
-def published():
+def published() -> Any:
     """SwAV's released composition for one crop of the first resolution."""
     jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
     rng = np.random.default_rng(1)
 
-    def blur(image):
+    def blur(image: Any) -> Any:
         if rng.random() < 0.5:
             return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
         return image
@@ -282,7 +284,7 @@ def published():
 
 
 @pytest.mark.parametrize("name", ["astronaut", "flower"])
-def test_pixels_are_distributed_as_the_published_pipelines(name):
+def test_pixels_are_distributed_as_the_published_pipelines(name: Any) -> None:
     count = 600
     image = load_photographs()[{"astronaut": 0, "flower": 14}[name]]
     buffer = io.BytesIO()
@@ -304,7 +306,7 @@ def test_pixels_are_distributed_as_the_published_pipelines(name):
         assert ks_2samp(ours[feature], expected[feature]).pvalue > P_VALUE, feature
 
 
-def test_a_shifted_distribution_would_be_noticed(crops):
+def test_a_shifted_distribution_would_be_noticed(crops: Any) -> None:
     """The statistics have the power to tell a pipeline without blur, or with half the jitter."""
     many = crops[:1].repeat(600, 1, 1, 1)
     right = features(run(many, *random_parameters(600, seed=4)))

@@ -1,11 +1,17 @@
 """The order and content of micro-batches: whatever the ranks and workers, the same stream."""
 
+from __future__ import annotations
+
 import io
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from functools import partial
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,20 +19,22 @@ import pytest
 import torch
 from PIL import Image
 
+from harness.jobs import ROOT
 from seer_scale.data.augment import MultiCrop, distort
 from seer_scale.data.batches import MAX_REPLACEMENTS, BadSample
 from seer_scale.data.crops import cut_crops
 from seer_scale.data.device import finish
 from seer_scale.data.device_augment import pack
+from seer_scale.data.image_kinds import LeftOut
 from seer_scale.data.loader import build_loader
 from seer_scale.data.order import Order, sample_rng
-from seer_scale.errors import DataError
+from seer_scale.errors import STOP_SIGNALS, DataError
 
 IMAGES = 10
 TRANSFORM = MultiCrop((8, 4), (2, 3))
 
 
-def encode(image, kind="PNG"):
+def encode(image: Any, kind: Any = "PNG") -> Any:
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
@@ -37,36 +45,46 @@ class Memory:
 
     version = "memory"
 
-    def __init__(self, data, shard_sizes=None):
+    def __init__(self, data: Any, shard_sizes: Any = None) -> None:
         self.data = data
         self.shard_sizes = np.array([len(data)] if shard_sizes is None else shard_sizes)
 
-    def __len__(self):
+    def __len__(self) -> Any:
         return len(self.data)
 
-    def read(self, index):
+    def read(self, index: Any) -> Any:
         if self.data[index] is None:
             raise FileNotFoundError(2, "No such file or directory")
         return self.data[index]
 
-    def name(self, index):
+    def name(self, index: Any) -> Any:
         return f"image-{index}"
 
-    def label(self, index):
+    def label(self, index: Any) -> Any:
         return None
 
 
-def picture(index):
+def picture(index: Any) -> Any:
     pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
-def source():
+def source() -> Any:
     return Memory([encode(picture(index)) for index in range(IMAGES)])
 
 
-def loader(source, *, batch=4, accumulation=1, rank=0, world=1, first=0, workers=0, **more):
+def loader(
+    source: Any,
+    *,
+    batch: Any = 4,
+    accumulation: Any = 1,
+    rank: Any = 0,
+    world: Any = 1,
+    first: Any = 0,
+    workers: Any = 0,
+    **more: Any,
+) -> Any:
     return build_loader(
         source,
         TRANSFORM,
@@ -81,12 +99,12 @@ def loader(source, *, batch=4, accumulation=1, rank=0, world=1, first=0, workers
     )
 
 
-def take(batches, count):
+def take(batches: Any, count: Any) -> Any:
     with batches:
         return [next(batches) for _ in range(count)]
 
 
-def by_sample(micro_batch):
+def by_sample(micro_batch: Any) -> Any:
     """`(id, crops of that sample)` for every sample of a crop-major micro-batch."""
     size = len(micro_batch.sample_ids)
     split = [crops.unflatten(0, (-1, size)) for crops in micro_batch.crops]
@@ -96,18 +114,18 @@ def by_sample(micro_batch):
     ]
 
 
-def assert_same(ones, others):
+def assert_same(ones: Any, others: Any) -> None:
     assert len(ones) == len(others)
     for (one, crops), (other, other_crops) in zip(ones, others, strict=True):
         assert one == other
         assert all(torch.equal(a, b) for a, b in zip(crops, other_crops, strict=True))
 
 
-def order_of(source):
+def order_of(source: Any) -> Any:
     return Order(source.shard_sizes, seed=3, version=source.version)
 
 
-def crops_of(data, position):
+def crops_of(data: Any, position: Any) -> Any:
     """The crops of one image at a position of the stream, per resolution, without a loader."""
     rng = sample_rng(3, position)
     cut, parameters = cut_crops(data, lambda width, height: TRANSFORM.draw(rng, width, height))
@@ -115,14 +133,14 @@ def crops_of(data, position):
     return [torch.stack(crops[:2]), torch.stack(crops[2:])]
 
 
-def stream(source, count):
+def stream(source: Any, count: Any) -> Any:
     """The first `count` samples, computed without a loader."""
     order = order_of(source)
     indices = [order.index(order.place(position)) for position in range(count)]
     return [(index, crops_of(source.data[index], at)) for at, index in enumerate(indices)]
 
 
-def test_batches_are_crop_major_and_follow_the_order(source):
+def test_batches_are_crop_major_and_follow_the_order(source: Any) -> None:
     batches = take(loader(source), 6)  # beyond two epochs
     for batch in batches:
         assert [tuple(c.shape) for c in batch.crops] == [(8, 8, 8, 3), (12, 4, 4, 3)]
@@ -135,8 +153,8 @@ def test_batches_are_crop_major_and_follow_the_order(source):
     assert_same([s for batch in batches for s in by_sample(batch)], stream(source, 24))
 
 
-def test_an_image_looks_different_in_every_epoch(source):
-    seen = {}
+def test_an_image_looks_different_in_every_epoch(source: Any) -> None:
+    seen: dict[int, list[Any]] = {}
     for sample, crops in [s for b in take(loader(source), 5) for s in by_sample(b)]:
         seen.setdefault(sample, []).append(crops[0])
     assert all(len(views) == 2 for views in seen.values())
@@ -148,8 +166,8 @@ def test_an_image_looks_different_in_every_epoch(source):
     [(1, 12, 1), (1, 4, 3), (2, 6, 1), (2, 3, 2), (3, 2, 2), (3, 4, 1), (4, 1, 3)],
 )
 def test_every_world_and_accumulation_gives_the_same_global_batches(
-    source, world, batch, accumulation
-):
+    source: Any, world: Any, batch: Any, accumulation: Any
+) -> None:
     steps = 2
     ranks = [
         take(
@@ -164,7 +182,7 @@ def test_every_world_and_accumulation_gives_the_same_global_batches(
 
 @pytest.mark.parametrize("augment_on", ["host", "device"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(source, workers, augment_on):
+def test_workers_change_nothing(source: Any, workers: Any, augment_on: Any) -> None:
     damaged = Memory([*source.data[:-1], b"broken"])
     expected = take(loader(damaged, augment_on=augment_on), 6)
     batches = take(loader(damaged, workers=workers, augment_on=augment_on), 6)
@@ -174,27 +192,27 @@ def test_workers_change_nothing(source, workers, augment_on):
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
-def test_resume_from_a_cursor_equals_going_on(source, step):
+def test_resume_from_a_cursor_equals_going_on(source: Any, step: Any) -> None:
     whole = take(loader(source, world=2, rank=1, accumulation=2), 12)
     resumed = take(loader(source, world=2, rank=1, accumulation=2, first=step * 16), 12 - 2 * step)
     for one, other in zip(whole[2 * step :], resumed, strict=True):
         assert_same(by_sample(one), by_sample(other))
 
 
-def test_global_generators_are_left_alone(source):
+def test_global_generators_are_left_alone(source: Any) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     take(loader(source), 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_device_is_told_what_is_left_to_do(source):
+def test_the_device_is_told_what_is_left_to_do(source: Any) -> None:
     (batch,) = take(loader(source, augment_on="device"), 1)
     order = order_of(source)
     for place in range(4):
         rng = sample_rng(3, place)
         data = source.data[order.index(order.place(place))]
-        cut, drawn = cut_crops(data, lambda w, h, rng=rng: TRANSFORM.draw(rng, w, h))
+        cut, drawn = cut_crops(data, partial(TRANSFORM.draw, rng))
         rows = [*batch.crops[0][place::4], *batch.crops[1][place::4]]
         assert all(np.array_equal(row, crop) for row, crop in zip(rows, cut, strict=True))
         packed = torch.cat([part[place::4] for part in batch.parameters])
@@ -204,7 +222,7 @@ def test_the_device_is_told_what_is_left_to_do(source):
     assert [tuple(c.shape) for c in done.crops] == [(8, 3, 8, 8), (12, 3, 4, 4)]
 
 
-def test_broken_images_are_replaced_named_and_counted(source):
+def test_broken_images_are_replaced_named_and_counted(source: Any) -> None:
     data = list(source.data)
     jpeg = encode(picture(0), "JPEG")
     broken = {1: b"", 2: b"<html>", 5: jpeg[:-50], 8: None, 9: data[9][:200]}
@@ -247,18 +265,18 @@ PIXEL = encode(Image.new("RGB", (1, 1)))
 class Many:
     """A hundred thousand images, all of one pixel."""
 
-    shard_sizes, version = np.full(100, 1000), "many"
+    shard_sizes, version, left_out = np.full(100, 1000), "many", LeftOut()
 
-    def __len__(self):
+    def __len__(self) -> Any:
         return 100_000
 
-    def read(self, index):
+    def read(self, index: Any) -> Any:
         return PIXEL
 
-    def name(self, index):
+    def name(self, index: Any) -> Any:
         return str(index)
 
-    def label(self, index):
+    def label(self, index: Any) -> Any:
         return None
 
 
@@ -274,7 +292,7 @@ WORLDS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 3)
         ),
     ],
 )
-def test_the_ids_are_the_same_whatever_the_ranks_and_workers(images, cases):
+def test_the_ids_are_the_same_whatever_the_ranks_and_workers(images: Any, cases: Any) -> None:
     source, transform, global_batch = Many(), MultiCrop((1,), (1,), ((0.5, 1.0),)), 48
     steps = -(-images // global_batch)
     streams = {}
@@ -298,7 +316,7 @@ def test_the_ids_are_the_same_whatever_the_ranks_and_workers(images, cases):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_broken_images_is_one_sentence(workers):
+def test_nothing_but_broken_images_is_one_sentence(workers: Any) -> None:
     with (
         loader(Memory([b"x"] * (MAX_REPLACEMENTS + 50)), workers=workers) as batches,
         pytest.raises(DataError) as caught,
@@ -309,42 +327,70 @@ def test_nothing_but_broken_images_is_one_sentence(workers):
     assert "\n" not in str(caught.value)
 
 
-def test_stop_signals_are_the_trainers_and_close_ends_the_workers(source):
+def test_stop_signals_are_the_trainers_and_close_ends_the_worker(source: Any) -> None:
     batches = loader(source, workers=2)
     next(batches)
-    workers = list(batches._iterator._workers)
-    assert len(workers) == 1
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
+    worker = batches.worker.process
+    for signum in STOP_SIGNALS:
+        os.kill(worker.pid, signum)
     for _ in range(10):
         next(batches)
-    assert all(worker.is_alive() for worker in workers)
+    assert worker.is_alive()
     batches.close()
     batches.close()
-    assert not any(psutil.pid_exists(worker.pid) for worker in workers)
+    assert not psutil.pid_exists(worker.pid)
     with pytest.raises(StopIteration):
         next(batches)
 
 
-def _be_killed(source, pipe):
+@pytest.mark.long
+def test_a_stop_signal_to_all_processes_at_once_leaves_the_loader_alone(source: Any) -> None:
+    """What a batch system does: the trainer's process group hears the signal, servers included."""
+    code = (
+        "import os, signal\n"
+        "from tests.data.test_loader import IMAGES, Memory, encode, loader, picture\n"
+        "if __name__ == '__main__':\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+        "        signal.signal(number, lambda *_: None)\n"
+        "    source = Memory([encode(picture(index)) for index in range(IMAGES)])\n"
+        "    with loader(source, workers=1) as batches:\n"
+        "        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+        "            os.killpg(0, number)\n"
+        "            for _ in range(10):\n"
+        "                next(batches)\n"
+        "    with loader(source, workers=1) as batches:  # the same fork server\n"
+        "        next(batches)\n"
+        "    print('all there')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.stdout == "all there\n", done.stderr
+
+
+def _be_killed(source: Any, pipe: Any) -> None:
     batches = loader(source, workers=2)
     next(batches)
-    pipe.send([worker.pid for worker in batches._iterator._workers])
+    pipe.send(batches.worker.process.pid)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_end_when_the_trainer_is_killed(source):
+def test_workers_end_when_the_trainer_is_killed(source: Any) -> None:
     """Their parent process, the fork server, lives on here."""
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     trainer = context.Process(target=_be_killed, args=(source, there))
     trainer.start()
-    workers = here.recv()
+    worker = here.recv()
     trainer.join(60)
     assert trainer.exitcode == -signal.SIGKILL
-    assert len(workers) == 1
     deadline = time.monotonic() + 60
-    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
+    while psutil.pid_exists(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(psutil.pid_exists, workers))
+    assert not psutil.pid_exists(worker)

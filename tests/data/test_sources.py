@@ -1,24 +1,31 @@
+"""Folders, tar shards and patterns: `sources`, `tars`, `shard_index` and `index_report`."""
+
+from __future__ import annotations
+
 import io
 import os
 import pickle
 import re
 import shutil
+import socket
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from seer_scale.data import index_report
 from seer_scale.data.cache import Cache
-from seer_scale.data.sources import ImageFolder, open_source
+from seer_scale.data.image_folder import ImageFolder
+from seer_scale.data.sources import open_source
 from seer_scale.data.tars import TarShards
 from seer_scale.errors import DataError
 
 
-def write_tar(path, members, mode="w"):
+def write_tar(path: Any, members: Any, mode: Any = "w") -> Any:
     with tarfile.open(path, mode) as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
@@ -27,7 +34,7 @@ def write_tar(path, members, mode="w"):
     return path
 
 
-def shard(path, first, count, **fields):
+def shard(path: Any, first: Any, count: Any, **fields: Any) -> Any:
     members = {}
     for number in range(first, first + count):
         members[f"{number:06d}.jpg"] = b"image %d" % number * (1 + number % 7 * 50)
@@ -37,7 +44,7 @@ def shard(path, first, count, **fields):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     root = tmp_path / "images"
     for name in ("b/2.PNG", "b/1.jpg", "a/deep/3.Jpeg", "top.webp", "notes.txt", ".hidden/4.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +52,7 @@ def folder(tmp_path):
     return root
 
 
-def test_image_folder_is_sorted_and_labelled(folder):
+def test_image_folder_is_sorted_and_labelled(folder: Any) -> None:
     source = open_source(folder)
     assert isinstance(source, ImageFolder)
     assert [source.read(i).decode() for i in range(len(source))] == [
@@ -55,10 +62,51 @@ def test_image_folder_is_sorted_and_labelled(folder):
         "top.webp",
     ]
     assert source.name(1) == str(folder / "b/1.jpg")
-    assert [source.label(i) for i in range(4)] == ["deep", "b", "b", None]
+    assert [source.label(i) for i in range(4)] == ["a", "b", "b", None]
 
 
-def test_shards_are_read_at_random(tmp_path):
+def test_what_is_no_regular_file_is_not_opened(folder: Any, tmp_path: Path) -> None:
+    """Opening a pipe waits for its writer, for ever; a link that leads nowhere is a bad image."""
+    os.mkfifo(folder / "b" / "pipe.jpg")
+    (folder / "b" / "link-to-pipe.jpg").symlink_to(folder / "b" / "pipe.jpg")
+    (folder / "b" / "device.jpg").symlink_to("/dev/zero")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(os.path.relpath(folder / "b" / "socket.jpg"))
+    (folder / "b" / "lost.jpg").symlink_to("nowhere")
+    (folder / "linked").symlink_to(folder / "a")
+    (folder / "link-to-image.jpg").symlink_to(folder / "b" / "1.jpg")
+    source = open_source(folder)
+    assert [os.path.relpath(source.name(i), folder) for i in range(len(source))] == [
+        "a/deep/3.Jpeg",
+        "b/1.jpg",
+        "b/2.PNG",
+        "b/lost.jpg",
+        "link-to-image.jpg",
+        "top.webp",
+    ]
+    assert source.left_out.lines() == [
+        "left out: 1 folders that are listed already, under another name or above (links, mounts)"
+        " (linked)",
+        "left out: 1 hidden files and folders (.hidden)",
+        "left out: 4 pipes, sockets and devices"
+        " (b/device.jpg, b/link-to-pipe.jpg, b/pipe.jpg, ...)",
+    ]
+    with pytest.raises(FileNotFoundError):
+        source.read(3)
+    listener.close()
+
+    os.mkfifo(tmp_path / "0.tar")
+    shard(tmp_path / "1.tar", 0, 1)
+    for path in (tmp_path / "0.tar", tmp_path / "*.tar"):
+        with pytest.raises(DataError) as caught:
+            open_source(path)
+        assert "0.tar cannot be read (it is a pipe, socket or device)" in str(caught.value)
+    (tmp_path / "manifest.jsonl").write_text('{"url": "0.tar", "count": 1, "bytes": 10000}\n')
+    with pytest.raises(OSError, match="it is a pipe"):
+        open_source(tmp_path / "manifest.jsonl").read(0)
+
+
+def test_shards_are_read_at_random(tmp_path: Path) -> None:
     for number in range(3):
         shard(tmp_path / f"s-{number:06d}.tar", number * 10, 10, cls=b"%d\n" % number)
     source = open_source(tmp_path)
@@ -69,17 +117,18 @@ def test_shards_are_read_at_random(tmp_path):
         assert source.label(index) == index // 10
 
 
-def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("seer_scale.data.tars._OPEN_SHARDS", 2)
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seer_scale.data.tars.MOST_OPEN_SHARDS", 2)
     for number in range(5):
         shard(tmp_path / f"{number}.tar", number, 1)
     source = open_source(tmp_path)
     for index in (0, 1, 2, 3, 4, 0, 2):
         assert source.read(index).startswith(b"image %d" % index)
+    assert isinstance(source, TarShards)
     assert len(source._opened) == 2
 
 
-def test_shards_pickle_small_and_without_open_files(tmp_path):
+def test_shards_pickle_small_and_without_open_files(tmp_path: Path) -> None:
     source = open_source(shard(tmp_path / "a.tar", 0, 1000))
     assert source.read(5)
     data = pickle.dumps(source)
@@ -87,7 +136,7 @@ def test_shards_pickle_small_and_without_open_files(tmp_path):
     assert pickle.loads(data).read(5) == source.read(5)
 
 
-def test_members_are_grouped_as_webdataset_does(tmp_path):
+def test_members_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "a.tar",
         {
@@ -105,11 +154,11 @@ def test_members_are_grouped_as_webdataset_does(tmp_path):
     assert [source.label(i) for i in range(3)] == ["cat", None, None]
 
 
-def test_patterns(tmp_path):
+def test_patterns(tmp_path: Path) -> None:
     for number in range(4):
         shard(tmp_path / f"part-{number:06d}.tar", number * 2, 2)
 
-    def count(pattern):
+    def count(pattern: Any) -> Any:
         return len(open_source(f"{tmp_path}/{pattern}"))
 
     assert count("part-000002.tar") == 2
@@ -121,7 +170,9 @@ def test_patterns(tmp_path):
     assert first.name(0).endswith("part-000003.tar/000006.jpg")
 
 
-def test_webdataset_reads_the_same_samples(tmp_path):
+# webdataset leaves its file to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     path = shard(tmp_path / "a.tar", 0, 5, cls=b"3")
     source = open_source(path)
@@ -130,7 +181,7 @@ def test_webdataset_reads_the_same_samples(tmp_path):
     assert [s["cls"] for s in samples] == [b"3"] * 5
 
 
-def test_truncated_at_any_place_is_noticed(tmp_path):
+def test_truncated_at_any_place_is_noticed(tmp_path: Path) -> None:
     whole = shard(tmp_path / "whole.tar", 0, 4).read_bytes()
     archive_end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     cut = tmp_path / "cut.tar"
@@ -140,51 +191,51 @@ def test_truncated_at_any_place_is_noticed(tmp_path):
             open_source(cut)
 
 
-def truncated_member(path):
+def truncated_member(path: Any) -> Any:
     data = write_tar(path / "t.tar", {"1.jpg": bytes(700), "2.jpg": bytes(5000)}).read_bytes()
     (path / "t.tar").write_bytes(data[:4000])
     return path / "t.tar"
 
 
-def truncated_end(path):
+def truncated_end(path: Any) -> Any:
     data = write_tar(path / "t.tar", {"1.jpg": bytes(512), "2.jpg": bytes(512)}).read_bytes()
     (path / "t.tar").write_bytes(data[:2048])
     return path / "t.tar"
 
 
-def damaged_header(path):
+def damaged_header(path: Any) -> Any:
     data = bytearray(write_tar(path / "d.tar", {"1.jpg": bytes(5), "2.jpg": bytes(5)}).read_bytes())
     data[1024:1124] = b"#" * 100
     (path / "d.tar").write_bytes(data)
     return path / "d.tar"
 
 
-def mixed(path):
+def mixed(path: Any) -> Any:
     (path / "1.jpg").touch()
     return shard(path / "1.tar", 0, 1).parent
 
 
-def text_file(path, name="a.tar"):
+def text_file(path: Any, name: Any = "a.tar") -> Any:
     (path / name).write_text("no tar " * 200)
     return path / name
 
 
-def one_of_pattern_missing(path):
+def one_of_pattern_missing(path: Any) -> Any:
     shard(path / "a-0.tar", 0, 1)
     return f"{path}/a-{{0..1}}.tar"
 
 
-def loop(path):
+def loop(path: Any) -> Any:
     (path / "loop.tar").symlink_to("loop.tar")
     return path / "loop.tar"
 
 
-def folder_named_tar(path):
+def folder_named_tar(path: Any) -> Any:
     (path / "a.tar").mkdir()
     return f"{path}/*.tar"
 
 
-def folder_of_text(path):
+def folder_of_text(path: Any) -> Any:
     (path / "readme.txt").touch()
     return path
 
@@ -218,20 +269,20 @@ def folder_of_text(path):
         (damaged_header, "d.tar is damaged after member 1.jpg"),
     ],
 )
-def test_each_fault_has_its_sentence(tmp_path, make, sentence):
+def test_each_fault_has_its_sentence(tmp_path: Path, make: Any, sentence: Any) -> None:
     with pytest.raises(DataError, match=sentence) as caught:
         open_source(make(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_a_zero_byte_shard_is_no_tar(tmp_path):
+def test_a_zero_byte_shard_is_no_tar(tmp_path: Path) -> None:
     (tmp_path / "0.tar").touch()
     with pytest.raises(DataError, match=r"0\.tar is neither .* nor a tar shard \(empty file\)"):
         open_source(tmp_path)
 
 
 @contextmanager
-def unprivileged():
+def unprivileged() -> Any:
     """Permissions do not bind root: acts as nobody for a while."""
     root = os.geteuid() == 0
     if root:
@@ -244,7 +295,7 @@ def unprivileged():
 
 
 @pytest.mark.parametrize("kind", ["folder", "subfolder", "shard"])
-def test_unreadable_paths_are_named(kind):
+def test_unreadable_paths_are_named(kind: Any) -> None:
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     try:
@@ -264,11 +315,11 @@ def test_unreadable_paths_are_named(kind):
         shutil.rmtree(path)
 
 
-def test_shards_type(tmp_path):
+def test_shards_type(tmp_path: Path) -> None:
     assert isinstance(open_source(shard(tmp_path / "a.tar", 0, 1)), TarShards)
 
 
-def test_shard_sizes_follow_the_numbering(tmp_path, folder):
+def test_shard_sizes_follow_the_numbering(tmp_path: Path, folder: Any) -> None:
     for number, count in enumerate((3, 1, 5)):
         shard(tmp_path / f"{number}.tar", 10 * number, count)
     source = open_source(f"{tmp_path}/{{0..2}}.tar")
@@ -282,7 +333,7 @@ def test_shard_sizes_follow_the_numbering(tmp_path, folder):
             source.read(outside)
 
 
-def test_the_version_is_that_of_names_and_counts(tmp_path, folder):
+def test_the_version_is_that_of_names_and_counts(tmp_path: Path, folder: Any) -> None:
     for place in ("here", "elsewhere"):
         (tmp_path / place).mkdir()
         for number in range(2):
@@ -298,8 +349,10 @@ def test_the_version_is_that_of_names_and_counts(tmp_path, folder):
     assert open_source(folder).version != before
 
 
-def test_threads_share_a_source_with_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("seer_scale.data.tars._OPEN_SHARDS", 2)
+def test_threads_share_a_source_with_few_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seer_scale.data.tars.MOST_OPEN_SHARDS", 2)
     for number in range(6):
         shard(tmp_path / f"{number}.tar", number * 20, 20)
     source = open_source(tmp_path)
@@ -309,7 +362,7 @@ def test_threads_share_a_source_with_few_open_files(tmp_path, monkeypatch):
             assert data == b"image %d" % index * (1 + index % 7 * 50)
 
 
-def test_a_shard_that_shrinks_while_it_is_read_is_an_error_of_its_images(tmp_path):
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error_of_its_images(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", 0, 4)
     source = open_source(path)
     assert source.read(0)
@@ -320,7 +373,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error_of_its_images(tmp_pat
         pickle.loads(pickle.dumps(source)).read(3)  # opens it anew
 
 
-def test_the_index_of_local_shards_is_kept(tmp_path, monkeypatch):
+def test_the_index_of_local_shards_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path / "cache", 1 << 30)
     path = shard(tmp_path / "a.tar", 0, 4, cls=b"7")
     assert len(open_source(path, cache)) == 4
@@ -337,10 +390,20 @@ def test_the_index_of_local_shards_is_kept(tmp_path, monkeypatch):
     assert len(open_source(path, cache)) == 5
 
 
-def test_report_and_manifest(tmp_path):
+def test_a_shard_written_again_at_the_same_size_is_indexed_again(tmp_path: Path) -> None:
+    cache, path = Cache(tmp_path / "cache", 1 << 30), tmp_path / "a.tar"
+    for time_ns, images in enumerate(([b"cat" * 300, b"dog"], [b"cow", b"pig" * 300])):
+        write_tar(path, {f"{number}.jpg": image for number, image in enumerate(images)})
+        os.utime(path, ns=(time_ns, time_ns))  # file systems tell times in steps
+        source = open_source(path, cache)
+        assert [source.read(0), source.read(1)] == images
+        assert path.stat().st_size == 10240
+
+
+def test_report_and_manifest(tmp_path: Path) -> None:
     for number in range(25):
         shard(tmp_path / f"{number:02}.tar", number, 1 + number % 2)
-    lines = []
+    lines: list[str] = []
     index_report.index(str(tmp_path), None, str(tmp_path / "all.jsonl"), lines.append)
     assert len(lines) < 30
     assert re.search(r"^ +37 +[\d,]+ +25 shards, version [0-9a-f]{16}$", lines[-2])
@@ -353,8 +416,8 @@ def test_report_and_manifest(tmp_path):
         index_report.index(str(tmp_path / "00.tar"), None, "/nowhere/a.jsonl", lines.append)
 
 
-def test_report_of_a_folder(folder):
-    lines = []
+def test_report_of_a_folder(folder: Any) -> None:
+    lines: list[str] = []
     index_report.index(str(folder), None, None, lines.append)
     assert lines[0].startswith("1 folder, 4 images, version ")
     with pytest.raises(DataError, match="only tar shards can be in a manifest"):

@@ -1,4 +1,10 @@
+"""Broken files are refused with their cause, odd good ones decode: `decode` and `crops`."""
+
+from __future__ import annotations
+
 import resource
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +20,15 @@ MULTI_CROP = MultiCrop((32, 16), (2, 3))
 
 
 @pytest.fixture(scope="module")
-def broken():
+def broken() -> Any:
     return list(make_broken(np.random.default_rng(0)))
 
 
-def draw(width, height):
+def draw(width: Any, height: Any) -> Any:
     return MULTI_CROP.draw(sample_rng(0, 0), width, height)
 
 
-def cause_of(read, *arguments):
+def cause_of(read: Any, *arguments: Any) -> Any:
     try:
         read(*arguments)
     except BadImage as error:
@@ -30,14 +36,14 @@ def cause_of(read, *arguments):
     return None
 
 
-def test_there_are_hundreds_of_many_kinds(broken):
+def test_there_are_hundreds_of_many_kinds(broken: Any) -> None:
     assert len(BROKEN_KINDS) >= 20
     assert len(broken) >= 300
     assert len({file.name for file in broken}) == len(broken)
 
 
 @pytest.mark.parametrize("kind", BROKEN_KINDS)
-def test_every_broken_file_is_named_with_its_cause(broken, kind):
+def test_every_broken_file_is_named_with_its_cause(broken: Any, kind: Any) -> None:
     prefix = kind.replace(" ", "-") + "-"
     files = [file for file in broken if file.name.startswith(prefix)]
     expected = {file.name: file.cause for file in files}
@@ -46,7 +52,7 @@ def test_every_broken_file_is_named_with_its_cause(broken, kind):
         assert {file.name: cause_of(decode, file.data) for file in files} == expected
 
 
-def test_bombs_take_no_memory(broken):
+def test_bombs_take_no_memory(broken: Any) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     bombs = [file for file in broken if file.cause in ("too large", "too many scans")]
     for file in bombs:
@@ -55,7 +61,7 @@ def test_bombs_take_no_memory(broken):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50 << 10
 
 
-def test_odd_images_decode_well():
+def test_odd_images_decode_well() -> None:
     for odd in make_odd(np.random.default_rng(1)):
         image = decode(odd.data)
         assert image.size == odd.expected.size, odd.name
@@ -71,12 +77,12 @@ def test_odd_images_decode_well():
             assert np.abs(crop.astype(float) - same).mean() < 8, odd.name
 
 
-def is_jpeg(data):
+def is_jpeg(data: Any) -> Any:
     return data.startswith(b"\xff\xd8")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
-def test_no_change_of_a_byte_raises_anything_else(kind):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
+def test_no_change_of_a_byte_raises_anything_else(kind: Any) -> None:
     """Bit rot in the header or anywhere gives crops or a `BadImage`."""
     rng = np.random.default_rng(2)
     data = encode(photograph(rng, 60, 50), kind)
@@ -92,7 +98,7 @@ def test_no_change_of_a_byte_raises_anything_else(kind):
     assert outcomes & causes
 
 
-def test_files_are_written_with_their_causes(tmp_path):
+def test_files_are_written_with_their_causes(tmp_path: Path) -> None:
     causes = write_broken(tmp_path, np.random.default_rng(0), copies=1)
     assert sorted(causes) == sorted(path.name for path in tmp_path.iterdir())
     assert len(causes) == len(BROKEN_KINDS)

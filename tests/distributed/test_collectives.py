@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from seer_scale.distributed import collectives as ranks
+from harness.pool import Distributed
+from seer_scale import distributed as ranks
+from seer_scale.distributed import collectives as module
+from seer_scale.errors import ConfigError
 
-Distributed = Callable[..., list[Any]]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,6 +55,54 @@ def collectives() -> dict[str, Any]:
     }
 
 
+class _Waits(TorchDispatchMode):
+    """Counts reads of a device by the host, as they would be if tensors were on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def gathered_lists() -> list[Any]:
+    # Lists of unequal length, an empty one too.
+    return ranks.gather_lists([(ranks.rank(), "x" * 3000)] * ranks.rank())
+
+
+def waits_of_a_gather() -> int:
+    copies = 0
+    cpu = Tensor.cpu
+
+    def counted(self: Tensor) -> Tensor:
+        nonlocal copies
+        copies += 1
+        return cpu(self)
+
+    Tensor.cpu = counted  # type: ignore[method-assign, assignment]
+    try:
+        with _Waits() as waits:
+            ranks.gather_lists(["broken.jpg"])
+    finally:
+        Tensor.cpu = cpu  # type: ignore[method-assign]
+    return int(copies + waits.count)
+
+
+def test_lists_of_any_length_are_joined(distributed: Distributed) -> None:
+    expected = [(rank, "x" * 3000) for rank in range(4) for _ in range(rank)]
+    assert distributed(gathered_lists, 4) == [expected] * 4
+
+
+def test_a_gather_of_lists_waits_twice_however_many_ranks(distributed: Distributed) -> None:
+    # One bad image of 512 ranks once cost about 1,500 waits.
+    for world_size in (2, 4):
+        assert distributed(waits_of_a_gather, world_size) == [2] * world_size
+
+
 def test_collectives_on_four_ranks(distributed: Distributed) -> None:
     strided = [row for r in range(4) for row in ([10 * r, 10 * r + 2], [10 * r + 1, 10 * r + 3])]
     for rank, result in enumerate(distributed(collectives, 4)):
@@ -71,6 +121,7 @@ def test_collectives_on_four_ranks(distributed: Distributed) -> None:
 def within_pairs() -> tuple[float, list[int], int]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair = pairs[ranks.rank() // 2]
+    assert isinstance(pair, dist.ProcessGroup)
     total = ranks.all_reduce(torch.tensor([float(ranks.rank())]), "sum", pair)
     gathered = ranks.all_gather(torch.tensor([ranks.rank()]), pair)
     return float(total), gathered.tolist(), ranks.world_size(pair)
@@ -97,6 +148,7 @@ def gradients(size: int) -> tuple[Tensor, Tensor]:
     """Weight gradient averaged over the group's ranks, and the gradient of this rank's rows."""
     groups = [dist.new_group(list(range(f, f + size))) for f in range(0, ranks.world_size(), size)]
     group = groups[ranks.rank() // size]
+    assert isinstance(group, dist.ProcessGroup)
     index = dist.get_rank(group)
     images, weight = data()
     weight.requires_grad_()
@@ -105,6 +157,8 @@ def gradients(size: int) -> tuple[Tensor, Tensor]:
     mine.retain_grad()
     everyone = ranks.all_gather_with_gradient(mine, group)
     contrastive(mine, everyone, index * rows).backward()
+    assert weight.grad is not None
+    assert mine.grad is not None
     return ranks.all_reduce(weight.grad, "sum", group) / size, mine.grad / size
 
 
@@ -137,6 +191,25 @@ def test_ranks_of_this_node_are_what_the_launcher_says(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert ranks.local_world_size() == ranks_here
+
+
+def refused_as_one_of_two_unequal_nodes() -> str:
+    known = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(2 + ranks.rank())
+    try:
+        ranks.init()
+    except ConfigError as error:
+        return str(error)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = known
+    return "not refused"
+
+
+def test_nodes_with_different_numbers_of_ranks_are_refused_on_every_rank(
+    distributed: Distributed,
+) -> None:
+    for sentence in distributed(refused_as_one_of_two_unequal_nodes, 2):
+        assert "nodes have different numbers of ranks ([2, 3])" in sentence
 
 
 PLAIN = """
@@ -187,7 +260,7 @@ def test_cores_are_divided_among_the_ranks_of_a_node(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks, "physical_cores", lambda: 8)
+    monkeypatch.setattr(module, "physical_cores", lambda: 8)
     assert ranks.threads_of_a_rank() == expected
 
 
@@ -207,6 +280,7 @@ distributed.shutdown()
 """
 
 
+@pytest.mark.long
 @pytest.mark.launch
 @pytest.mark.parametrize("threads", [None, 3])
 def test_torchrun_s_default_is_not_taken_for_the_user_s(

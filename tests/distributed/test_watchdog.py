@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from harness.pool import Distributed
 from seer_scale.distributed.watchdog import Watchdog
 
-Distributed = Callable[..., list[Any]]
 TIMEOUT_S, BEAT_S = 2.0, 0.1
 
 
-def hang(late: int, silent: bool) -> list[str]:
+def hang(late: int, silent: bool, records: Path) -> list[str]:
     """All ranks meet in a collective, except `late`, which is busy elsewhere, or stands still."""
     said: list[str] = []
-    watchdog = Watchdog(TIMEOUT_S, said.append, BEAT_S)
+    watchdog = Watchdog(TIMEOUT_S, said.append, BEAT_S, records=records)
     dist.barrier()
     watchdog.at(7, 0, "waiting for images")
     time.sleep(5 * BEAT_S)
@@ -29,21 +30,38 @@ def hang(late: int, silent: bool) -> list[str]:
         time.sleep(2 * TIMEOUT_S + 20 * BEAT_S)
     else:
         watchdog.at(7, 1, "computing")
-    dist.all_reduce(torch.ones(1))
+    dist.all_reduce(torch.ones(3, 5))
     watchdog.close()
     return said
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_the_missing_rank_is_named(distributed: Distributed, silent: bool) -> None:
-    said = distributed(hang, 4, 2, silent)
+def test_the_missing_rank_is_named(distributed: Distributed, tmp_path: Path, silent: bool) -> None:
+    (tmp_path / "file").touch()
+    records = tmp_path / ("file" if silent else ".") / "records"
+    said = distributed(hang, 4, 2, silent, records)
     for rank in (0, 1, 3):
         (sentence,) = said[rank]
         assert f"rank {rank} has waited" in sentence
         assert "in step 7, computing; missing: rank 2 on " in sentence
         expected = "silent since" if silent else "still in"
-        assert f"({expected} step 7, waiting for images); this rank is at" in sentence
+        assert f"({expected} step 7, waiting for images); collectives: " in sentence
+        assert "; this rank is at " in sentence
         assert "rank 0 on" not in sentence
+        # What three of four do is known from torch's own record, whose groups have numbers.
+        assert re.search(
+            r"ranks 0-1, 3 are in all_reduce \d+ of group 0 \(default_pg\) on \[3,5\]", sentence
+        )
+        after = r"rank 2 is in none, after barrier \d+ of group 0 \(default_pg\) on nothing"
+        assert bool(re.search(after, sentence)) is not silent
+        if silent:
+            problem = f" is not written to {records} (Not a directory)"
+            assert sentence.endswith(f"; the record of its collectives{problem}")
+            continue
+        assert sentence.endswith(f"; its last collectives are in {records}")
+        record = json.loads((records / f"rank_{rank}.json").read_text())
+        assert record["entries"][-1]["input_sizes"] == [[3, 5]]
+        assert not record["entries"][-1]["retired"]
     assert len(said[2]) == (0 if silent else 1)
 
 
@@ -63,7 +81,57 @@ def test_progress_is_no_hang(distributed: Distributed) -> None:
     assert distributed(slow_but_alive, 2) == [[], []]
 
 
-def test_one_process_has_nobody_to_wait_for() -> None:
-    watchdog = Watchdog(0.01, lambda text: pytest.fail(text), 0.01)
-    time.sleep(0.1)
+def test_one_rank_that_stands_still_is_ended() -> None:
+    said: list[str] = []
+    watchdog = Watchdog(TIMEOUT_S, said.append, BEAT_S)
+    watchdog.at(19, 0, "waiting for images")
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(BEAT_S)
     watchdog.close()
+    (sentence,) = said
+    assert sentence.startswith("rank 0 has waited ")
+    assert " s in step 19, waiting for images; this rank is at test_watchdog.py:" in sentence
+
+
+def stand(ranks_late: tuple[int, ...], seen: int) -> tuple[list[str], list[str]]:
+    """After `seen` short phases of each kind the ranks given take 3 s for one, and come back."""
+    said: list[str] = []
+    ended: list[str] = []
+    watchdog = Watchdog(1000.0, ended.append, 0.05, warn=said.append, margin_s=0.2)
+    dist.barrier()
+    for step in range(seen):
+        watchdog.at(step, 0, "waiting for images")
+        time.sleep(0.01)
+        watchdog.at(step, 1, "computing")
+        dist.all_reduce(torch.ones(1))
+    watchdog.at(seen, 0, "waiting for images")
+    if dist.get_rank() in ranks_late:
+        time.sleep(3.0)
+    watchdog.at(seen, 1, "computing")
+    dist.all_reduce(torch.ones(2, 4))
+    watchdog.at(seen + 1, 0, "waiting for images")
+    watchdog.close()
+    return said, ended
+
+
+@pytest.mark.parametrize(("late", "speaks", "named"), [(1, 0, "rank 1 on "), (0, 1, "rank 0 on ")])
+def test_an_unusually_long_phase_is_a_warning_of_one_rank(
+    distributed: Distributed, late: int, speaks: int, named: str
+) -> None:
+    found = distributed(stand, 3, (late,), 20)
+    assert [ended for _, ended in found] == [[], [], []]
+    (sentence,) = found[speaks][0]
+    assert f"rank {speaks} has waited " in sentence
+    assert f"missing: {named}" in sentence
+    assert "(still in step 20, waiting for images); collectives: " in sentence
+    assert "in all_reduce " in sentence
+    assert "; this phase usually takes " in sentence
+    assert "; the run waits, at most 1000 s (run.hang_minutes)" in sentence
+    # The late rank 0 itself is slow too, and says so about itself; nobody else does.
+    others = [said for rank, (said, _) in enumerate(found) if rank not in (speaks, 0)]
+    assert all(said == [] for said in others)
+
+
+def test_what_has_not_been_seen_often_is_not_unusual(distributed: Distributed) -> None:
+    assert distributed(stand, 2, (1,), 4) == [([], []), ([], [])]

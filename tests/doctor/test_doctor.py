@@ -17,16 +17,18 @@ from pathlib import Path
 import pytest
 
 from harness.jobs import ROOT
+from harness.mounts import with_tmpfs
 from seer_scale.distributed.ports import free_port
 from seer_scale.doctor import Finding
-from seer_scale.doctor.collectives import check_collectives
+from seer_scale.doctor.collectives import _measure, check_collectives
 from seer_scale.doctor.extras import check_compilers
 from seer_scale.doctor.finding import below
 from seer_scale.doctor.gpus import check_driver
-from seer_scale.doctor.host import check_host, free_memory
+from seer_scale.doctor.host import check_host
 from seer_scale.doctor.storage import check_storage
 from seer_scale.doctor.tracking import check_mlflow
 from seer_scale.doctor.versions import _package, check_versions
+from seer_scale.performance.free_memory import free_memory
 
 
 def doctor(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -171,12 +173,31 @@ def test_ranks_that_cannot_answer_are_a_failure() -> None:
     assert "did not answer" in found.value
 
 
+def test_a_rank_that_raises_is_named_with_its_error() -> None:
+    seconds, problem = _measure("no-such-backend", 1, 200.0)
+    assert seconds is None
+    assert problem is not None
+    assert problem.startswith("rank 0: ")
+    assert "no-such-backend" in problem.lower()
+
+
 def test_memory_and_limits_are_those_of_this_process() -> None:
     found = {one.name: one for one in check_host()}
     assert f"{free_memory() / 2**30:.0f}".isdecimal()
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert found["open files"].value.startswith(str(soft))
     assert "/dev/shm" in found["shared memory"].value
+
+
+def test_a_small_dev_shm_is_a_warning_and_no_failure() -> None:
+    """A real mount of a container's size: the loader does without, NCCL may not."""
+    command = with_tmpfs("/dev/shm", "64m")
+    code = "from seer_scale.doctor.host import check_host; print(check_host()[1])"
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "status='warn', value='0.06 GiB in /dev/shm'" in done.stdout
+    assert "--shm-size=16g" in done.stdout
 
 
 def test_compilers_that_are_not_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

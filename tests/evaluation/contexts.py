@@ -1,4 +1,4 @@
-"""`Context` as launch/evaluate.py makes it, for tests and for the ranks of their pools."""
+"""Contexts for tests of tasks, and for the ranks of their pools."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from seer_scale.data import Source, open_source
+from seer_scale.evaluation import session
 from seer_scale.evaluation.features import measure_batch_norm
+from seer_scale.evaluation.options import OPTIONS
 from seer_scale.evaluation.task import Context, Result
 from seer_scale.models import build_trunk
 
@@ -16,7 +18,7 @@ TRUNK = "regnety_debug"
 
 
 def context(data: Path | str, folder: Path, **more: Any) -> Context:
-    """An untrained trunk whose BatchNorm has seen the images, so that features are no noise."""
+    """Builds a context of an untrained trunk whose BatchNorm has seen the images."""
     trunk = build_trunk(TRUNK, device="cpu").eval()
     first = Path(str(data).partition(",")[0])
     source = open_source(first / "train" if (first / "train").is_dir() else first)
@@ -34,20 +36,18 @@ def context(data: Path | str, folder: Path, **more: Any) -> Context:
 
 
 def run_task(task: str, data: str, folder: str, options: dict[str, Any]) -> Result:
-    """One task on every rank of a pool."""
-    from seer_scale.commands.evaluate import load_task
-
-    loaded = load_task(task)
-    return loaded.run(context(data, Path(folder)), loaded.options(**options))
+    """Runs a task; called on every rank of a pool."""
+    return session.run_task(task, context(data, Path(folder)), OPTIONS[task](**options))
 
 
 class _First:
-    """The first images of a source, for what needs no more."""
+    """The first `count` images of a source."""
 
     def __init__(self, source: Source, count: int) -> None:
         self._source, self._count = source, count
         self.read, self.name, self.label = source.read, source.name, source.label
         self.version, self.shard_sizes = source.version, source.shard_sizes
+        self.left_out = source.left_out
 
     def __len__(self) -> int:
         return min(self._count, len(self._source))

@@ -10,7 +10,7 @@ SIZE = 48
 
 
 def write_patterns(folder: Path, train: int = 64, val: int = 22) -> Path:
-    """`train` and `val`, a folder per class below each; counts are images of all classes."""
+    """Writes `train` and `val` images in all, in one folder per class below each part."""
     import numpy as np
     from PIL import Image
 
@@ -42,7 +42,7 @@ def _draw(name: str, rng: Any) -> Any:
 
 
 def context(folder: Path, data: Path | str) -> Any:
-    """Of a random `regnety_debug`, as the launcher would make it on every rank."""
+    """Builds the context of an untrained `regnety_debug`, as the command does on every rank."""
     import torch
 
     from seer_scale.evaluation.task import Context

@@ -1,10 +1,10 @@
-"""Evaluation during pretraining: the same number anywhere, no trace in the training, `best`."""
+"""Evaluation during pretraining: same number anywhere, training unaffected, alias `best`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 
 import seer_scale
 from harness.jobs import RECIPES, ROOT, arguments, lines, losses, run_job, write_images
+from harness.pool import Distributed
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
 from seer_scale.config.recipe import parse
 from seer_scale.data import open_source
@@ -24,7 +25,6 @@ from seer_scale.models import build_model
 from seer_scale.tracking.spool import read_events
 from tests.evaluation.patterns import write_patterns
 
-Distributed = Callable[..., list[Any]]
 KEY = "eval/knn_top1"
 
 
@@ -73,6 +73,7 @@ def test_the_number_is_that_of_the_checkpoint_s_trunk(
             assert len(np.unique(np.array(sheet).reshape(-1, 3), axis=0)) > 1000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("world", "more"),
     [
@@ -105,6 +106,7 @@ def test_it_leaves_no_trace_and_does_not_depend_on_the_strategy(
     assert evaluations(evaluated)[4] == knn_top1(*bank, *queries, k=5)
 
 
+@pytest.mark.long
 def test_resuming_is_sample_exact_and_keeps_what_was_found(
     distributed: Distributed, images: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +121,7 @@ def test_resuming_is_sample_exact_and_keeps_what_was_found(
 
 
 def aliases(run_dir: Path) -> dict[int, list[str]]:
-    """Of every model that the run has logged."""
+    """Returns the aliases of every model that the run has logged, by step."""
     events = read_events(run_dir / "tracking" / "spool.jsonl", 0)
     return {e.fields["step"]: e.fields["aliases"] for e in events if e.kind == "model"}
 
@@ -136,6 +138,14 @@ def run_judged(argv: list[str], scores: list[float]) -> int:
         DuringTraining.judge = judge  # type: ignore[method-assign]
 
 
+def said_by_job(argv: list[str]) -> str:
+    """A run's standard error."""
+    with redirect_stderr(StringIO()) as said:
+        run_job(argv)
+    return said.getvalue()
+
+
+@pytest.mark.long
 def test_best_follows_the_evaluation(
     distributed: Distributed, images: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -155,9 +165,9 @@ def test_what_is_wrong_with_it_is_said_before_training(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"eval\.every is 5, but eval\.data is not given"):
-        parse(arguments(images, tmp_path, "eval.every=5"), recipes=RECIPES)
+        parse(arguments(images, tmp_path, "eval.every=5"), recipes=RECIPES, ranks=1)
     argv = arguments(images, tmp_path / "run", *judged(tmp_path / "nowhere"))
-    with pytest.raises(AssertionError, match=r"nowhere is no folder with `train` and `val`"):
+    with pytest.raises(AssertionError, match=r"nowhere is not a folder with `train` and `val`"):
         distributed(run_job, 1, argv)
     assert not (tmp_path / "run").exists()
 
@@ -184,3 +194,34 @@ def test_prototype_scores_are_the_model_s(
         _, expected = model([pictures])
         actual = score_prototypes(reader, model.trunk(pictures))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_images_that_cannot_be_used_are_named_and_the_run_goes_on(
+    distributed: Distributed, images: Path, tmp_path: Path, world: int
+) -> None:
+    """The number is that of the set without them; without any image there is none."""
+    spoilt, clean = (
+        write_patterns(tmp_path / name, train=24, val=11) for name in ("spoilt", "clean")
+    )
+    for part, number in (("train", 5), ("val", 3), ("val", 7)):
+        names = sorted(path.relative_to(clean) for path in (clean / part).rglob("*.*"))
+        (spoilt / names[number]).write_bytes(b"<html>sorry</html>")
+        (clean / names[number]).unlink()
+    found, said = {}, ""
+    for data in (spoilt, clean):
+        run_dir = tmp_path / f"run-{data.name}"
+        argv = arguments(images, run_dir, *judged(data), "train.steps=4")
+        said += distributed(said_by_job, world, [*argv, f"train.micro_batch_size={4 // world}"])[0]
+        found[data] = evaluations(run_dir)
+        counts = [line.get("eval/bad_images") for line in lines(run_dir) if KEY in line]
+        assert counts == [3.0 if data == spoilt else None] * 2
+    assert found[spoilt] == found[clean]
+    assert said.count("eval.data: warning: 3 of 35 images cannot be used and are left out") == 1
+    for path in (spoilt / "val").rglob("*.*"):
+        path.write_bytes(b"")
+    argv = arguments(images, tmp_path / "blind", *judged(spoilt), "train.steps=3")
+    distributed(run_job, 1, argv)
+    (line,) = [line for line in lines(tmp_path / "blind") if "eval/bad_images" in line]
+    assert (line["eval/bad_images"], KEY in line) == (12.0, False)
+    assert lines(tmp_path / "blind")[-1]["step"] == 3

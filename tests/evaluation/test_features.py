@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 from seer_scale.data import open_source
+from seer_scale.data.image_kinds import LeftOut
 from seer_scale.errors import DataError
 from seer_scale.evaluation.features import extract_features, measure_batch_norm, prepare
 from seer_scale.models import build_trunk
@@ -25,6 +27,8 @@ class Images:
 
     def __init__(self, images: list[Image.Image], labels: list[int | str | None]) -> None:
         self.images, self.labels = images, labels
+        self.shard_sizes: NDArray[np.int64] = np.array([len(images)])
+        self.version, self.left_out = "0" * 16, LeftOut()
 
     def __len__(self) -> int:
         return len(self.images)

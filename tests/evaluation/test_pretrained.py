@@ -1,4 +1,4 @@
-"""What pretraining is worth: k-NN on rendered shapes before and after it, through the launchers."""
+"""Pretraining improves k-NN on rendered shapes, from random weights, through the launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every task of frozen features gives one number under 1, 2 and 4 processes."""
+"""Every task on frozen features gives the same number under 1, 2 and 4 processes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", OPTIONS)
 def test_one_two_and_four_processes_agree(
     distributed: Callable[..., list[Any]], shapes: Path, tmp_path: Path, task: str

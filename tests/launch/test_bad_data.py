@@ -1,4 +1,4 @@
-"""Whole runs on images as they are in the wild: broken files, and servers that come and go."""
+"""Whole runs on bad data: hundreds of broken files, and servers that are slow, cut off or away."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
+@pytest.mark.long
 def test_hundreds_of_broken_files_in_a_shard(tmp_path: Path) -> None:
     """Every one is named with its cause, batches stay full, and the run ends as it should."""
     folder = tmp_path / "files"
@@ -102,7 +103,9 @@ def expected(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
 
 
 @pytest.fixture(params=["http", "s3"])
-def remote(request: pytest.FixtureRequest, shards: Path) -> Iterator[tuple[BadNetwork, str, dict]]:
+def remote(
+    request: pytest.FixtureRequest, shards: Path
+) -> Iterator[tuple[BadNetwork, str, dict[str, str]]]:
     """A real server behind a bad network: the network, the shards' address, the environment."""
     server = FileServer(shards) if request.param == "http" else S3Server()
     network = BadNetwork(server.port)
@@ -127,8 +130,9 @@ def remote(request: pytest.FixtureRequest, shards: Path) -> Iterator[tuple[BadNe
     server.stop()
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_servers(
-    remote: tuple[BadNetwork, str, dict],
+    remote: tuple[BadNetwork, str, dict[str, str]],
     expected: list[list[int]],
     shards: Path,
     tmp_path: Path,

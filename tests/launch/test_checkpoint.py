@@ -19,6 +19,7 @@ from seer_scale.checkpoint.manifest import write_manifest
 from seer_scale.commands.checkpoint import main
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.storage.tensor_file import Kind, TensorFile, write_tensors
+from seer_scale.tracking.records import keep_knn
 from tests.checkpoint.test_checkpoint import momentum_of, trained, write
 
 
@@ -32,23 +33,52 @@ def run(tmp_path: Path) -> Path:
 
 def test_inspect_is_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run)]) == 0
+    short = capsys.readouterr().out
+    assert re.search(r"^step +30$", short, re.M)
+    assert re.search(r"^recipe +test$", short, re.M)
+    assert re.search(r"^files +4, 0.\d{3} GiB$", short, re.M)
+    assert re.search(r"^of each rank +rng.cpu$", short, re.M)
+    assert "prototypes.weight" not in short
+    assert main(["inspect", str(run), "--tensors"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"^step +30$", text, re.M)
-    assert re.search(r"^recipe +test$", text, re.M)
+    assert text.startswith(short)
     assert re.search(r"^prototypes.weight +6x8 +float32 +48$", text, re.M)
     assert re.search(r"running_mean +32 +float32 buffer +32$", text, re.M)
     assert re.search(r"^rank_00000.safetensors +0.\d{3} +[0-9a-f]{16}$", text, re.M)
-    assert "every rank's own: rng.cpu" in text
+
+
+def test_list_has_a_line_for_each_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_knn(run, 20, {"top1": 0.25})
+    (run / "checkpoints" / "step_00000010" / "manifest.json").write_text("{")
+    assert main(["list", str(run)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "step"
+    assert [row.split()[0] for row in rows] == ["10", "20", "30"]
+    assert "is damaged" in rows[0]
+    assert "yes" in rows[1]
+    assert "25.00 %" in rows[1]
+    assert rows[2].endswith(str(run / "checkpoints" / "step_00000030"))
+    assert "%" not in rows[2]
+
+
+@pytest.mark.parametrize("verb", ["list", "inspect", "verify"])
+def test_a_folder_without_a_checkpoint_is_told_without_options(verb: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint") as caught:
+        main([verb, str(tmp_path)])
+    assert "--" not in str(caught.value)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 4
+    path.write_bytes(bytes(data))
 
 
 def test_verify_finds_a_flipped_bit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run / "checkpoints" / "step_00000020"
     assert main(["verify", str(folder)]) == 0
-    assert "is whole: 3 files" in capsys.readouterr().out
-    path = folder / "rank_00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1000] ^= 4
-    path.write_bytes(bytes(data))
+    assert "is whole: 4 files" in capsys.readouterr().out
+    flip_a_bit(folder / "rank_00000.safetensors")
     with pytest.raises(UserError, match=r"rank_00000\.safetensors does not have the checksum"):
         main(["verify", str(folder)])
     assert main(["verify", str(run)]) == 0  # the newest
@@ -106,6 +136,14 @@ def test_prune_keeps_all_while_the_newest_is_damaged(run: Path) -> None:
     assert len(list_checkpoints(root)) == 3
 
 
+def test_prune_compares_the_checksums_of_the_newest(run: Path) -> None:
+    root = run / "checkpoints"
+    flip_a_bit(root / "step_00000030" / "rank_00000.safetensors")
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors .*; nothing is deleted"):
+        main(["prune", str(run), "--keep", "1"])
+    assert len(list_checkpoints(root)) == 3
+
+
 def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "checkpoint.py"), "verify", str(tmp_path / "no")],
@@ -115,7 +153,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert "no is no folder" in done.stderr
+    assert "no: there is no such folder; give a run or one of its checkpoints" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -204,6 +242,7 @@ def consolidated_peak(tmp_path: Path, elements: int, world_size: int, files: int
     return max(peaks)
 
 
+@pytest.mark.long
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     # Twelve tensors of 64 MiB: were all in memory at once, it would be 768 MiB more.
     global LARGEST

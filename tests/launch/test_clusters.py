@@ -18,10 +18,11 @@ from harness.jobs import RECIPES, ROOT, arguments, lines, write_images
 from seer_scale.config.recipe import parse
 from seer_scale.distributed.ports import free_port
 from seer_scale.errors import LOST_RANK_STATUS, REQUEUE_STATUS
-from seer_scale.parallel.compatibility import check_sharding
+from seer_scale.train.build_engine import check_run
 
 SBATCH = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 JOB = ROOT / "launch" / "k8s" / "pytorchjob.yaml"
+CLAIMS = JOB.with_name("claims.yaml")
 BIN = Path(sys.executable).parent
 
 # Runs the command as often as SLURM would, here, and leaves with the highest status, as srun does.
@@ -60,7 +61,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         program.parent.mkdir(exist_ok=True)
         program.write_text(text)
         program.chmod(0o755)
-    port = next(port for port in iter(free_port, None) if 20000 <= port < 40000)
+    port = free_port()
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RANK"))},
         "PATH": f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}",
@@ -87,6 +88,7 @@ def submit(environment: dict[str, str], argv: list[str], log: Path) -> subproces
         )
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_a_job_that_is_told_to_stop_saves_and_queues_itself(
     tmp_path: Path, cluster: dict[str, str]
@@ -128,6 +130,20 @@ def test_a_lost_rank_queues_the_job_again(tmp_path: Path, cluster: dict[str, str
     (tmp_path / "bin" / "python").chmod(0o755)
     assert submit(cluster, [], tmp_path / "job.log").wait(20) == LOST_RANK_STATUS
     assert (tmp_path / "requeued").exists()
+
+
+def test_ranks_run_in_the_container(tmp_path: Path, cluster: dict[str, str]) -> None:
+    for name, text in (
+        ("box", 'echo "$RANK: $*" >> "$CLUSTER/boxed"; shift 2; exec "$@"'),
+        ("python", ":"),
+    ):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = cluster | {"CONTAINER": "box exec image.sif"}
+    assert submit(environment, ["a b"], tmp_path / "job.log").wait(20) == 0
+    started = sorted((tmp_path / "boxed").read_text().splitlines())
+    command = "exec image.sif python -m seer_scale pretrain a b --resume auto"
+    assert started == [f"0: {command}", f"1: {command}"]
 
 
 def test_tars_are_staged_whole_and_once(tmp_path: Path, cluster: dict[str, str]) -> None:
@@ -185,15 +201,22 @@ def test_the_pytorchjob_is_one() -> None:
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
     assert mounted["shared-memory"] == "/dev/shm"
+    built = re.search(r"docker build -t (\S+) ", (ROOT / "docs" / "containers.md").read_text())
+    assert built
+    assert container["image"] == built[1]
+    claims = {claim["metadata"]["name"]: claim for claim in yaml.safe_load_all(CLAIMS.read_text())}
+    named = [v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+    assert {claim["claimName"] for claim in named} == set(claims)
+    for claim in claims.values():  # every pod writes into runs, and somebody into data
+        assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     command = [*container["command"], *container["args"]]
     assert command[:4] == ["torchrun", "-m", "seer_scale", "pretrain"]
-    parsed = parse(command[4:], recipes=RECIPES)
+    parsed = parse(command[4:], recipes=RECIPES, ranks=1)
     ranks = int(spec["nprocPerNode"])
     for nodes in range(elastic["minReplicas"], elastic["maxReplicas"] + 1):
-        check_sharding(
-            parsed.config, None, world_size=nodes * ranks, local_world_size=ranks, cuda=True
-        )
+        check_run(parsed.config, None, world_size=nodes * ranks, local_world_size=ranks, cuda=True)
     assert parsed.resume == "auto"
     assert Path(parsed.config.run.dir).is_relative_to(mounted["runs"])
     assert Path(parsed.config.data.path).is_relative_to(mounted["data"])

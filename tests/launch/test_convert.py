@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import seer_scale
 from seer_scale.commands.convert import main
 from seer_scale.serving import export_trunk
+from seer_scale.tracking.records import keep_knn
 from tests.convert.weights import assert_same_bits, random_trunk, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,33 @@ def test_from_a_run_to_every_format(tmp_path: Path) -> None:
     own = tmp_path / "own_dir"
     main([str(step), "--to", "safetensors", "--out", str(own)])
     assert (own / "trunk.safetensors").is_file()
+
+
+def test_a_card_speaks_of_the_run_that_made_the_trunk(tmp_path: Path) -> None:
+    """And so does the card of what was converted from the converted one, and a registered model."""
+    step = tmp_path / "run" / "checkpoints" / "step_00000010"
+    made = {"recipe": "mine", "objective": "swav", "steps": 10, "images": 20480}
+    made |= {"crop_sizes": [96, 48], "crop_counts": [2, 4]}
+    export_trunk(random_trunk(TRUNK), step / "trunk", trunk=TRUNK, step=10, pretraining=made)
+    lines = [{"step": 10, "loss": 1.0}, {"step": 10, "eval/knn_top1": 0.25}]
+    records = tmp_path / "run" / "metrics.jsonl"
+    records.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    main([str(tmp_path / "run"), "--to", "timm", "--out", str(tmp_path / "timm")])
+    card = (tmp_path / "timm" / "README.md").read_text()
+    for row in ("recipe | `mine`", "steps | 10", "images seen | 20,480", "k-NN top-1 | 25.00 %"):
+        assert f"| {row} |" in card
+    assert "2 x 96 pixels and 4 x 48 pixels" in card
+    for text in ("Meta", "non-commercial", "224 pixels"):
+        assert text not in card
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 96, 96]
+    # `evaluate knn` leaves its result in the run; it says more than the one of the training.
+    keep_knn(tmp_path / "run", 10, {"top1": 0.5, "data": "labelled", "size": 96})
+    main([str(step), "--to", "safetensors", "--out", str(tmp_path / "own")])
+    main([str(tmp_path / "own"), "--to", "vissl", "--out", str(tmp_path / "v" / "a.torch")])
+    for folder in ("own", "v"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "| k-NN top-1 | 50.00 % on `labelled` at 96 pixels |" in card
 
 
 def test_a_card_does_not_replace_anothers(tmp_path: Path) -> None:

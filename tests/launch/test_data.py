@@ -1,9 +1,9 @@
-"""launch/data.py on small collections."""
+"""`seer-scale data` on small collections."""
 
 from __future__ import annotations
 
 import io
-import json
+import os
 import re
 import subprocess
 import sys
@@ -12,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from harness.jobs import ROOT
+from harness.jobs import ROOT, write_images
+from harness.jobs import arguments as job
+from seer_scale.commands import data
 from seer_scale.commands.data import main
-from seer_scale.data import bench
+from seer_scale.config.recipe import parse
+from seer_scale.data import build_loader, open_source
 from seer_scale.data.augment import CropParameters
-from seer_scale.data.contact_sheet import describe, spread
-from seer_scale.errors import DataError
+from seer_scale.data.inspection import describe, spread
+from seer_scale.errors import ConfigError, DataError, UserError
+from seer_scale.train.build_images import transform_of
 
 
 def jpeg(width: int, height: int, seed: int = 0) -> bytes:
@@ -54,10 +59,68 @@ def test_inspect_counts_sizes_and_names_bad_files(
     assert re.search(r"^bytes +0 ", text, re.M)
     assert re.search(rf"^1 bad: zero bytes\n  {folder}/empty.jpg$", text, re.M)
     assert re.search(rf"^1 bad: (damaged|truncated)\n  {folder}/cut.jpg$", text, re.M)
-    assert f"crops of 3 images with their parameters: {out}" in text
-    sheet = Image.open(out)
-    assert sheet.width > 200 + 2 * 160 + 4 * 96
-    assert sheet.height > 3 * 160
+    assert "crops of 2 x 160 and 4 x 96 pixels, colour distortion 1, of 3 images" in text
+    assert f"not of a recipe), with their parameters: {out}" in text
+    with Image.open(out) as sheet:
+        assert sheet.width > 200 + 2 * 160 + 4 * 96
+        assert sheet.height > 3 * 160
+
+
+def test_the_crops_of_a_recipe_are_those_that_its_run_sees_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixel by pixel, against the first micro-batch of the run's own loader."""
+    keys = ["data.crop_sizes=[140,133]", "data.crop_counts=[1,2]", "run.seed=3"]
+    keys += ["data.color_distortion=0.5", "data.crop_scales=[[0.3,1.0],[0.1,0.3]]"]
+    for name in ("cut.jpg", "empty.jpg"):
+        (folder / name).unlink()
+    out = tmp_path / "sheet.png"
+    words = ["inspect", str(folder), "--recipe", "demo", "--out", str(out), "--count", "2"]
+    assert main([*words, *keys]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "crops of 1 x 140 and 2 x 133 pixels, colour distortion 0.5, of 2 images (the first" in said
+    )
+    assert "of a run of demo with run.seed=3" in said
+    argv = ["--recipe", "demo", f"data.path={folder}", "data.workers=0", *keys]
+    config = parse(argv, recipes=ROOT / "launch" / "recipes", ranks=1).config
+    loader = build_loader(
+        open_source(folder), transform_of(config), seed=3, micro_batch_size=2, workers=0
+    )
+    batch = next(iter(loader))
+    with Image.open(out) as sheet:
+        drawn = np.array(sheet)
+    for row in range(2):
+        crops = (batch.crops[0][row], batch.crops[1][row], batch.crops[1][2 + row])
+        assert len({position(drawn, crop.numpy()) for crop in crops}) == 3
+
+
+def position(drawn: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> tuple[int, int]:
+    """The one place of a picture within another."""
+    side = len(pixels)
+    starts = np.argwhere((drawn == pixels[0, 0]).all(-1))
+    inside = [(y, x) for y, x in starts.tolist() if y + side <= len(drawn)]
+    (found,) = [
+        (y, x)
+        for y, x in inside
+        if x + side <= drawn.shape[1] and (drawn[y : y + side, x : x + side] == pixels).all()
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["photos", "data.crop_sizes=[64]"], r"data.crop_sizes=\[64\] is a key of a recipe"),
+        ([], "no images are named"),
+        (["a", "b"], "two paths are given, a and b"),
+        (["photos", "--recipe", "dem"], "did you mean demo"),
+        (["photos", "--recipe", "demo", "data.crop_sizs=[64]"], "did you mean data.crop_sizes"),
+    ],
+)
+def test_a_wrong_recipe_or_key_is_told(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        main(["inspect", *words])
 
 
 def test_the_sheet_follows_from_the_seed(folder: Path, tmp_path: Path) -> None:
@@ -92,7 +155,9 @@ def test_a_sheet_that_cannot_be_written_is_one_sentence(folder: Path, tmp_path: 
     command += ["--out", str(tmp_path / "missing" / "sheet.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: --out .*sheet.png cannot be written \(.*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: .*sheet.png cannot be written \(.*: name another file with --out\n", done.stderr
+    )
 
 
 def test_descriptions_hold_every_parameter() -> None:
@@ -116,38 +181,21 @@ def test_indices_are_spread_without_repetition(total: int, most: int) -> None:
     assert max(np.diff(indices), default=0) <= -(-total // most)
 
 
-def test_bench_writes_a_row_per_pipeline(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bench, "LOADER_TURNS", 1)  # starting workers takes seconds
-    out = tmp_path / "bench.json"
-    assert main(["bench", "--images", str(folder), "--seconds", "0.01", "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())
-    assert {row["images"] for row in rows} == {"photos"}
-    expected = [name for name in bench.PIPELINES if name != "lightly"]
-    assert [row["pipeline"] for row in rows if row["pipeline"] != "lightly"] == expected
-    assert all(row["images_per_second"] > 0 for row in rows)
-    text = capsys.readouterr().out
-    assert "photos: 4 JPEGs of" in text  # neither the truncated nor the empty one
-    assert re.search(r"^photos +pil +\d+\.\d +1\.00 +\d+%$", text, re.M)
-    assert re.search(r"^photos +dataloader_pil +\d+\.\d +1\.00 +\d+%$", text, re.M)
-
-
 def test_bench_needs_a_jpeg(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_bytes(b"<html>not found</html>")
     with pytest.raises(DataError, match=r"holds no JPEG that can be decoded: give a folder"):
         main(["bench", "--images", str(tmp_path)])
 
 
-def test_photographs_have_the_size_asked_for() -> None:
-    (images,) = bench.photograph_sets([(120, 90)])
-    assert images.name == "120x90"
-    assert len(images.files) == 8
-    sizes = {Image.open(io.BytesIO(data)).size for data in images.files}
-    assert sizes == {(120, 90)}
+def test_without_a_clone_bench_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SHIPPED", tmp_path)  # as in an installed wheel: no benchmarks/
+    for arguments in (["bench"], ["bench", "--crops", "2x224+6x96"]):
+        with pytest.raises(
+            UserError, match=r"clone the repository and run `seer-scale data bench`"
+        ):
+            main(arguments)
 
 
 @pytest.mark.parametrize("wrong", [["--seconds", "0"], ["--seconds", "inf"], ["--json"]])
@@ -156,3 +204,51 @@ def test_wrong_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFix
         main(["bench", *wrong])
     assert left.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+@pytest.mark.long
+def test_a_run_says_what_it_leaves_out_and_finds_home(tmp_path: Path) -> None:
+    """Photographs with names in Latin-1, `~` in three keys, and two files that are not used."""
+    home = tmp_path / "André"
+    photos = os.fsencode(home) + b"/fotos"
+    write_images(Path(os.fsdecode(photos)), 16)
+    Path(os.fsdecode(photos + b"/class0/na\xefve.jpg")).write_bytes(b"<html>")
+    Path(os.fsdecode(photos + b"/class0/\xe4.ppm")).write_bytes(b"P6")
+    Path(os.fsdecode(photos + b"/class0/up")).symlink_to("..")
+    write_images(home / "set", 8)
+    (home / "set" / "class0").rename(os.fsdecode(os.fsencode(home) + b"/set/caf\xe9"))
+    (home / "set" / "up").symlink_to(".")
+
+    def run(run_dir: str, *more: str) -> tuple[int, str]:
+        argv = job("~/fotos", run_dir, "train.steps=3", "data.workers=1", *more)
+        done = subprocess.run(
+            [sys.executable, "-m", "seer_scale", "pretrain", *argv],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            timeout=240,
+            check=False,
+        )
+        return done.returncode, done.stderr.decode()
+
+    evaluation = ("eval.every=3", "eval.data=~/set,~/set", "eval.size=32", "eval.images=4")
+    status, said = run("~/run", *evaluation)
+    assert status == 0, said
+    assert "Traceback" not in said
+    foreign = "images in formats that are not decoded"
+    assert rf"data.path: left out: 1 {foreign} (class0/\xe4.ppm)" in said
+    assert "data.path: left out: 1 folders that are listed already" in said
+    assert "eval.data: 2 classes; 8 images to train, 8 to test" in said
+    run_dir = home / "run"
+    assert any(path.name.startswith("step_") for path in (run_dir / "checkpoints").iterdir())
+    assert not (tmp_path / "~").exists()
+    for file in ("metrics.jsonl", "config.yaml"):
+        (run_dir / file).read_text(encoding="utf-8")
+    assert r"na\\xefve.jpg" in (run_dir / "bad_samples.jsonl").read_text()
+
+    # safetensors, for one, opens no file in a folder with such a name.
+    status, said = run(os.fsdecode(b"~/r\xfcn"))
+    assert status == 2
+    assert said.startswith("error: run.dir is ")
+    assert "but must be UTF-8: rename the file or folder, or make a link to it" in said

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from harness.jobs import ROOT
-from seer_scale.commands.evaluate import main, open_model
+from seer_scale.commands.evaluate import main
 from seer_scale.data.generate.shapes import write_shapes
 from seer_scale.distributed.ports import free_port
 from seer_scale.errors import ConfigError
+from seer_scale.evaluation.session import open_model
 from seer_scale.models import build_trunk
 from seer_scale.serving import export_trunk
 
@@ -59,10 +60,18 @@ def test_help_answers_without_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
-    for word in ("knn", "retrieval", "imagenet_linear", "temperature: list[float]", "lr_steps"):
+    for word in (
+        "knn",
+        "retrieval",
+        "imagenet_linear",
+        "temperatures to try",
+        "a list of numbers; default: [0.07]",
+        "lr_steps",
+    ):
         assert word in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_a_result_is_the_same_under_processes_and_second_tasks_compute_no_features(
     data: Path, tmp_path: Path
@@ -89,6 +98,7 @@ def test_a_result_is_the_same_under_processes_and_second_tasks_compute_no_featur
     assert "computing features" not in again.stderr
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_a_model_of_no_run_gets_a_run_of_its_own(data: Path, tmp_path: Path) -> None:
     trunk = export_trunk(build_trunk("regnety_debug"), tmp_path / "trunk", trunk="regnety_debug")
@@ -118,6 +128,7 @@ def test_a_model_of_no_run_gets_a_run_of_its_own(data: Path, tmp_path: Path) -> 
     assert files == [f"evaluation/knn/{name}" for name in names]
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_a_server_that_is_down_costs_a_warning(data: Path, tmp_path: Path) -> None:
     done = launch(
@@ -137,23 +148,29 @@ def test_a_random_trunk_is_that_of_its_seed() -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert not first.training
-    with pytest.raises(ConfigError, match="the seed 'x' is no number"):
+    with pytest.raises(ConfigError, match="the seed 'x' is not an integer >= 0"):
         open_model(f"{MODEL}:x")
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["knnn", "--model", "m", "--data", "d"], r"knnn is no task; did you mean knn\?"),
+        (["knnn", "--model", "m", "--data", "d"], r"knnn is not a task: did you mean knn\?"),
         (["knn", "--data", "d"], "the following arguments are required: --model"),
-        (["knn", "--model", "m", "--data", "d", "--preset", "kn"], "kn is no preset; did you mean"),
+        (
+            ["knn", "--model", "m", "--data", "d", "--preset", "kn"],
+            "kn is not a preset: did you mean",
+        ),
         (
             ["knn", "--model", "m", "--data", "d", "--preset", "voc07_svm"],
-            "--preset voc07_svm is one of the task svm, not of knn, which has knn",
+            "--preset voc07_svm belongs to the task svm: the task knn has knn",
         ),
         (["knn", "--model", "m", "--data", "d", "--fast", "k=3"], "--fast is not an option"),
-        (["knn", "--model", "m", "--data", "d", "kk=3"], "kk is no option of the task knn"),
-        (["knn", "--model", "m", "--data", "d", "--labels", "no.csv"], "no.csv is no file"),
+        (
+            ["knn", "--model", "m", "--data", "d", "kk=3"],
+            "task knn: kk is not a key: did you mean k",
+        ),
+        (["knn", "--model", "m", "--data", "d", "--labels", "no.csv"], "no.csv is not a file"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(arguments: list[str], expected: str) -> None:
@@ -162,6 +179,7 @@ def test_a_wrong_argument_is_one_sentence(arguments: list[str], expected: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_labels_that_do_not_match_and_unseen_classes_end_with_a_sentence(
     data: Path, tmp_path: Path
@@ -172,7 +190,7 @@ def test_labels_that_do_not_match_and_unseen_classes_end_with_a_sentence(
     common = ("knn", "--model", MODEL, "size=32", "--mlflow-uri", "none")
     done = launch(tmp_path, *common, "--data", str(data), "--labels", "few.csv", threads="1")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --labels few.csv has no line for")
+    assert done.stderr.splitlines()[-1].startswith("error: the labels few.csv have no line for")
     assert "Traceback" not in done.stderr
     other = tmp_path / "other"
     (other / "train").mkdir(parents=True)
@@ -182,3 +200,22 @@ def test_labels_that_do_not_match_and_unseen_classes_end_with_a_sentence(
     assert done.returncode == 1
     assert "11 classes are in the validation part only (checks, dots, frame, ...)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("home", [False, True])
+def test_a_run_gets_its_knn_at_the_step_of_the_trunk_that_was_judged(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: bool
+) -> None:
+    """The newest checkpoint has no trunk yet, as while the run goes on."""
+    run_dir = tmp_path / "run"
+    trunk = open_model(MODEL)
+    export_trunk(trunk, run_dir / "checkpoints" / "step_00000002" / "trunk", trunk="regnety_debug")
+    (run_dir / "checkpoints" / "step_00000004").mkdir()
+    (run_dir / "metrics.jsonl").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = "~/run" if home else str(run_dir)
+    done = launch(tmp_path, "knn", "--model", model, "--data", str(data), "size=32")
+    assert done.returncode == 0, done.stderr
+    (kept,) = (run_dir / "eval").iterdir()
+    assert kept.name == "knn_step_00000002.json"
+    assert "size" in json.loads(kept.read_text())

@@ -41,6 +41,7 @@ class Fragile(SwAV):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "asleep"),
     [("torchrun", "true"), pytest.param("deepspeed", "false", marks=pytest.mark.slow)],

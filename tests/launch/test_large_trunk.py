@@ -1,4 +1,4 @@
-"""Farther than the demo: a SEER-sized trunk takes real steps under ZeRO on this machine."""
+"""A trunk of SEER's size, RegNetY-16GF, takes real steps under ZeRO 2 and 3 on two ranks."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.launch
 BIN = Path(sys.executable).parent
 PRETRAIN = str(ROOT / "launch" / "pretrain.py")
 PYTHON = [sys.executable, PRETRAIN]
+SEER_SCALE = [sys.executable, "-m", "seer_scale"]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -66,6 +68,22 @@ def test_deepspeed_trains_and_registers(images: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert len(lines(tmp_path / "run")) == 8
     assert "step 8/8" in done.stderr
+    assert "regnety_debug, 0.24M parameters, zero2, 2 x cpu" in done.stderr
+    *_, trunk_line, _, evaluate, convert, serve = done.stderr.split("finished: ")[1].splitlines()
+    run = tmp_path / "run"
+    # Version 1 is of step 4.
+    assert (
+        trunk_line
+        == f"trunk: {run}/checkpoints/step_00000008/trunk, version 2 of seer-test in MLflow"
+    )
+    assert evaluate == f"  seer-scale evaluate knn --model {run} --data LABELLED size=32"
+    assert convert == f"  seer-scale convert {run} --to huggingface --out exports/run-huggingface"
+    assert serve.endswith(
+        "models serve --env-manager local --port 5001 --model-uri models:/seer-test/2"
+    )
+    exported = launch([*SEER_SCALE, *shlex.split(convert)[1:]], tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "exports/run-huggingface/preprocessor_config.json").is_file()
 
     # What was registered has the checkpoint's features, through MLflow and through our call.
     judge = """
@@ -80,7 +98,9 @@ np.save("features.npy", served)
 runs = mlflow.search_runs(experiment_names=["seer-scale"])
 assert len(runs) == 1, runs
 assert runs.iloc[0].status == "FINISHED"
-best = mlflow.MlflowClient().get_model_version_by_alias("seer-test", "best")
+client = mlflow.MlflowClient()
+assert client.get_model_version("seer-test", "2").tags["step"] == "8"
+best = client.get_model_version_by_alias("seer-test", "best")
 print(runs.iloc[0].run_id, best.tags["step"])
 """
     rng = np.random.default_rng(0)
@@ -93,7 +113,9 @@ print(runs.iloc[0].run_id, best.tags["step"])
     trunk = checkpoint_trunk(tmp_path / "run")
     with torch.inference_mode():
         expected = trunk(torch.from_numpy(np.load(tmp_path / "images.npy"))).numpy()
-    assert np.array_equal(features, expected)
+    # Another process: matrix products of MKL depend on how its memory is aligned, seen on an AMD
+    # EPYC as differences of 1e-7 in half of the runs. A wrong weight would differ by far more.
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
 
 
 def checkpoint_trunk(run_dir: Path) -> torch.nn.Module:
@@ -128,6 +150,7 @@ def test_plain_python_runs_zero_alone(images: Path, tmp_path: Path) -> None:
     assert len(lines(tmp_path / "run")) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("signum", "status"),
     [
@@ -160,6 +183,26 @@ def test_a_signal_saves_and_resuming_goes_on(
     done = launch([*PYTHON, *more], tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(run_dir)] == list(range(1, step + 3))
+
+
+def test_resuming_a_finished_run_says_so(images: Path, tmp_path: Path) -> None:
+    """It ends with the same last words and status 0, and changes nothing."""
+    argv = arguments(images, tmp_path / "run", "train.steps=2", "optim.warmup_steps=1")
+    first, again = (
+        launch([*PYTHON, *argv, *more], tmp_path) for more in ([], ["--resume", "auto"])
+    )
+    assert first.returncode == again.returncode == 0, again.stderr
+    last = first.stderr[first.stderr.index("finished: step 2 of 2 ") :]
+    assert "not sent to MLflow" in last
+    assert "models serve" not in last
+    assert again.stderr == (
+        "--resume auto: step 2 is done and train.steps is 2, so nothing is left to train; "
+        f"a larger train.steps goes on\n{last}"
+    )
+    more = [*argv[:-2], "train.steps=3", "optim.warmup_steps=1", "--resume", "auto"]
+    done = launch([*PYTHON, *more], tmp_path)
+    assert "nothing is left" not in done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
 
 
 MISTAKES = {
@@ -234,6 +277,7 @@ def test_under_a_launcher_the_sentence_is_said_once(images: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     tiles = write_tiles(
         tmp_path / "tiles",

@@ -20,7 +20,8 @@ from seer_scale.models import (
     seeded_values,
 )
 from seer_scale.models.padding import Axis, Padding
-from seer_scale.optim.slices import Slice, fill, with_padding
+from seer_scale.optim.filling import fill
+from seer_scale.optim.slices import Slice, with_padding
 from seer_scale.serving import export_trunk
 
 PADDINGS = {

@@ -1,8 +1,11 @@
 """Initial values: all of them set, by the published rules, from (seed, name) alone."""
 
+from __future__ import annotations
+
 import math
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from seer_scale.models.heads import ProjectionHead, Prototypes
 from seer_scale.models.initialise import CHUNK, InitRule, init_rules, initial_values
 
 
-def make_model(**changes) -> MultiCropModel:
+def make_model(**changes: Any) -> MultiCropModel:
     options = {"head_dims": (32, 8), "head_batch_norm": True, "prototypes": 20, **changes}
     return build_model("regnety_debug", **options)
 
@@ -30,7 +33,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
 
 
-def test_nothing_is_forgotten():
+def test_nothing_is_forgotten() -> None:
     model = make_model()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
@@ -42,7 +45,7 @@ def test_nothing_is_forgotten():
         assert not (name.endswith("num_batches_tracked") and tensor != 0), name
 
 
-def test_values_do_not_depend_on_order_or_on_other_modules():
+def test_values_do_not_depend_on_order_or_on_other_modules() -> None:
     torch.manual_seed(1)
     expected = values(make_model())
 
@@ -58,7 +61,7 @@ def test_values_do_not_depend_on_order_or_on_other_modules():
     assert_same(expected, found)
 
 
-def test_global_generator_is_neither_read_nor_moved():
+def test_global_generator_is_neither_read_nor_moved() -> None:
     model = make_model()
     torch.manual_seed(3)
     state = torch.get_rng_state()
@@ -66,7 +69,7 @@ def test_global_generator_is_neither_read_nor_moved():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_seed_and_name_both_matter():
+def test_seed_and_name_both_matter() -> None:
     first, second = values(make_model(), seed=0), values(make_model(), seed=1)
     drawn = [name for name, rule in init_rules(make_model()).items() if rule.kind != "constant"]
     assert len(drawn) == 46 + 4 + 1  # trunk, head, prototypes
@@ -77,19 +80,19 @@ def test_seed_and_name_both_matter():
     assert not torch.equal(same_shape["a.weight"], same_shape["b.weight"])
 
 
-def test_materialised_from_meta_equals_built_on_the_device():
+def test_materialised_from_meta_equals_built_on_the_device() -> None:
     model = make_model(device="meta").to_empty(device="cpu")
     assert_same(values(model), values(make_model(device="cpu")))
 
 
-def test_channels_last_and_float64_hold_the_same_values():
+def test_channels_last_and_float64_hold_the_same_values() -> None:
     expected = values(make_model())
     assert_same(expected, values(make_model().to(memory_format=torch.channels_last)))
     wide = values(make_model().double())
     assert_same({k: v.to(expected[k].dtype) for k, v in wide.items()}, expected)
 
 
-def test_built_trunk_has_the_values_of_seed_zero():
+def test_built_trunk_has_the_values_of_seed_zero() -> None:
     trunk = build_trunk("regnety_debug")
     plain = regnet_module.RegNet(regnet_module.TRUNKS["regnety_debug"])
     assert_same(dict(trunk.state_dict()), values(plain))
@@ -100,7 +103,7 @@ def test_built_trunk_has_the_values_of_seed_zero():
     [nn.Conv2d(64, 96, 3, groups=8, bias=False), nn.Conv2d(512, 256, 1)],
     ids=["grouped 3x3", "1x1"],
 )
-def test_convolutions_are_normal_with_fan_out_not_divided_by_groups(layer):
+def test_convolutions_are_normal_with_fan_out_not_divided_by_groups(layer: Any) -> None:
     weight = values(layer)["weight"]
     kernel = layer.kernel_size[0] * layer.kernel_size[1]
     std = math.sqrt(2 / (kernel * layer.out_channels))
@@ -120,7 +123,7 @@ def test_convolutions_are_normal_with_fan_out_not_divided_by_groups(layer):
         (nn.Linear(64, 4096), "bias", 64),
     ],
 )
-def test_the_rest_is_uniform_as_in_torch(layer, leaf, fan_in):
+def test_the_rest_is_uniform_as_in_torch(layer: Any, leaf: Any, fan_in: Any) -> None:
     """torch's own reset_parameters is the oracle for the bound."""
     bound = 1 / math.sqrt(fan_in)
     torch.manual_seed(0)
@@ -136,7 +139,7 @@ def test_the_rest_is_uniform_as_in_torch(layer, leaf, fan_in):
         assert abs(tensor.std() * math.sqrt(3) / bound - 1) < 4 * math.sqrt(0.2 / count)
 
 
-def test_batch_norm_starts_as_the_identity():
+def test_batch_norm_starts_as_the_identity() -> None:
     for leaf, expected in {
         "weight": 1,
         "bias": 0,
@@ -148,13 +151,13 @@ def test_batch_norm_starts_as_the_identity():
         assert torch.equal(tensor, torch.full_like(tensor, expected)), leaf
 
 
-def test_prototypes_are_directions_spread_over_the_sphere():
+def test_prototypes_are_directions_spread_over_the_sphere() -> None:
     weight = values(Prototypes(16, 4000))["weight"]
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(4000))
     assert weight.mean(0).norm() < 4 / math.sqrt(4000)
 
 
-def test_bound_of_the_prototypes_before_they_are_normalised():
+def test_bound_of_the_prototypes_before_they_are_normalised() -> None:
     assert init_rules(Prototypes(16, 4))["weight"] == InitRule("uniform", 0.25, unit_rows=16)
 
 
@@ -170,14 +173,14 @@ class ForeignSyncBatchNorm(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [nn.SyncBatchNorm(4), ForeignSyncBatchNorm(4)])
-def test_replacements_of_batch_norm_get_the_same_values(layer):
+def test_replacements_of_batch_norm_get_the_same_values(layer: Any) -> None:
     found = values(layer)
     for name, tensor in values(nn.BatchNorm2d(4)).items():
         assert name not in found or torch.equal(found[name], tensor)
     assert {"weight", "bias", "running_mean", "running_var"} <= found.keys()
 
 
-def test_unknown_tensors_are_refused_by_name():
+def test_unknown_tensors_are_refused_by_name() -> None:
     model = make_model()
     model.head.scale = nn.Parameter(torch.ones(1))
     with pytest.raises(TypeError, match=r"head\.scale"):
@@ -188,7 +191,7 @@ def test_unknown_tensors_are_refused_by_name():
         initialise(model, seed=0)
 
 
-def test_tensors_without_memory_are_refused():
+def test_tensors_without_memory_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trunk\.stem\.0\.weight has no memory"):
         initialise(make_model(device="meta"), seed=0)
     partitioned = nn.Linear(4, 4)
@@ -206,7 +209,9 @@ def test_tensors_without_memory_are_refused():
     ],
 )
 @pytest.mark.parametrize("parts", [1, 3, 7])
-def test_slices_put_together_are_the_whole(rule, parts, monkeypatch):
+def test_slices_put_together_are_the_whole(
+    rule: Any, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(import_module("seer_scale.models.initialise"), "CHUNK", 100)
     size = 24 * 29
     whole = initial_values(rule, name="w", size=size, seed=5)
@@ -221,7 +226,7 @@ def test_slices_put_together_are_the_whole(rule, parts, monkeypatch):
         torch.testing.assert_close(whole.view(-1, 24).norm(dim=1), torch.ones(29))
 
 
-def test_slices_across_real_chunks():
+def test_slices_across_real_chunks() -> None:
     rule, size = InitRule("normal", 1.0), CHUNK + 1000
     whole = initial_values(rule, name="w", size=size, seed=0)
     part = initial_values(rule, name="w", size=size, seed=0, start=CHUNK - 7, stop=CHUNK + 13)
@@ -229,9 +234,18 @@ def test_slices_across_real_chunks():
     assert initial_values(rule, name="w", size=size, seed=0, start=0, stop=0).numel() == 0
 
 
-def test_values_stay_what_they_were():
+def test_values_stay_what_they_were() -> None:
     """Recorded runs can be repeated only while these numbers stay."""
     uniform = initial_values(InitRule("uniform", 1.0), name="w", size=32, seed=0)[:3]
     normal = initial_values(InitRule("normal", 1.0), name="w", size=32, seed=0)[:3]
     assert uniform.tolist() == pytest.approx([-0.376998, 0.346142, -0.167465], abs=1e-5)
     assert normal.tolist() == pytest.approx([0.336259, -0.047518, 0.821566], abs=1e-5)
+
+
+def test_every_chunk_of_a_large_tensor_has_values_of_its_own() -> None:
+    rule = InitRule("normal", 1.0)
+    first, second = (
+        initial_values(rule, name="a", size=2 * CHUNK, seed=0, start=start, stop=start + 8)
+        for start in (0, CHUNK)
+    )
+    assert not torch.equal(first, second)

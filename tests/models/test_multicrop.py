@@ -1,5 +1,9 @@
 """The whole model: passes per resolution, order of crops, queue."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +36,7 @@ def count_calls(module: nn.Module) -> list[int]:
     return rows
 
 
-def test_grouped_pass_equals_crop_by_crop(model):
+def test_grouped_pass_equals_crop_by_crop(model: Any) -> None:
     model = model.double().eval()
     crops = make_crops(torch.float64)
     embeddings, scores = model(crops)
@@ -42,7 +46,7 @@ def test_grouped_pass_equals_crop_by_crop(model):
     torch.testing.assert_close(scores, expected @ model.prototypes.weight.T)
 
 
-def test_resolutions_pass_block_by_block_and_the_head_once(model):
+def test_resolutions_pass_block_by_block_and_the_head_once(model: Any) -> None:
     stem, head, prototypes = map(count_calls, (model.trunk.stem, model.head, model.prototypes))
     last = model.blocks()[-1][-1]
     block, inner = count_calls(last), count_calls(last.activation)
@@ -53,7 +57,7 @@ def test_resolutions_pass_block_by_block_and_the_head_once(model):
     assert prototypes == [6 * BATCH]
 
 
-def test_units_are_blocks_head_and_prototypes_heavy_layers_first(model):
+def test_units_are_blocks_head_and_prototypes_heavy_layers_first(model: Any) -> None:
     blocks = [block for stage in model.blocks() for block in stage]
     assert model.units(heavy=10**9) == [*blocks, model.head, model.prototypes]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -65,7 +69,7 @@ def test_units_are_blocks_head_and_prototypes_heavy_layers_first(model):
     assert [unit for unit in units if unit in blocks] == blocks
 
 
-def test_batch_statistics_are_those_of_a_resolution(model):
+def test_batch_statistics_are_those_of_a_resolution(model: Any) -> None:
     """In training each resolution updates the trunk's statistics once, the head's all at once."""
     model(make_crops())
     counts = {
@@ -77,14 +81,14 @@ def test_batch_statistics_are_those_of_a_resolution(model):
     assert {count for name, count in counts.items() if name.startswith("head.")} == {1}
 
 
-def test_embeddings_are_unit_rows(model):
+def test_embeddings_are_unit_rows(model: Any) -> None:
     embeddings, scores = model(make_crops())
     assert embeddings.shape == (6 * BATCH, 8)
     assert scores.shape == (6 * BATCH, 10)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6 * BATCH))
 
 
-def test_queue_rows_are_scored_last(model):
+def test_queue_rows_are_scored_last(model: Any) -> None:
     model.eval()
     queue = nn.functional.normalize(torch.randn(5, 8), dim=1)
     plain_embeddings, plain_scores = model(make_crops())
@@ -94,7 +98,7 @@ def test_queue_rows_are_scored_last(model):
     torch.testing.assert_close(scores[6 * BATCH :], queue @ model.prototypes.weight.T)
 
 
-def test_low_precision_stops_before_embeddings_and_scores(model):
+def test_low_precision_stops_before_embeddings_and_scores(model: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embeddings, scores = model(make_crops())
     assert embeddings.dtype == scores.dtype == torch.float32
@@ -102,13 +106,13 @@ def test_low_precision_stops_before_embeddings_and_scores(model):
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_every_parameter_gets_a_gradient(model):
+def test_every_parameter_gets_a_gradient(model: Any) -> None:
     _, scores = model(make_crops())
     scores.square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_blocks_are_the_trunks_own(model):
+def test_blocks_are_the_trunks_own(model: Any) -> None:
     blocks = model.blocks()
     assert [len(stage) for stage in blocks] == [1, 2, 3]
     own = set(model.trunk.modules())
@@ -123,7 +127,7 @@ def test_blocks_are_the_trunks_own(model):
         ("rg_10b", 9_323_934_872 + 300_892_416 + 4_096_000),
     ],
 )
-def test_seer_models_on_meta(trunk, total):
+def test_seer_models_on_meta(trunk: Any, total: Any) -> None:
     model = build_model(
         trunk, head_dims=(8192, 8192, 256), head_batch_norm=False, prototypes=16_000, device="meta"
     )
@@ -134,6 +138,6 @@ def test_seer_models_on_meta(trunk, total):
     assert (embeddings.shape, scores.shape) == ((2, 256), (2, 16_000))
 
 
-def test_unknown_trunk():
-    with pytest.raises(ConfigError, match="did you mean 'regnety_debug'"):
+def test_unknown_trunk() -> None:
+    with pytest.raises(ConfigError, match="did you mean regnety_debug"):
         build_model("regnety_debgu", head_dims=(8,), head_batch_norm=False, prototypes=2)

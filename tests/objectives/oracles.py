@@ -1,20 +1,24 @@
 """Objectives as slow loops in float64, and small inputs for them."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def cosines(batch, prototypes, seed=0):
+def cosines(batch: Any, prototypes: Any, seed: Any = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, prototypes, generator=generator, dtype=torch.float64) * 2 - 1
 
 
 def crop_major(tensor: Tensor, crops: int, rank: int, ranks: int) -> Tensor:
     """The rows [crops * B / ranks, .] of one rank's images out of [crops * B, .]."""
-    return tensor.unflatten(0, (crops, ranks, -1))[:, rank].flatten(0, 1)
+    rows: Tensor = tensor.unflatten(0, (crops, ranks, -1))[:, rank].flatten(0, 1)
+    return rows
 
 
 class Toy:
@@ -37,7 +41,7 @@ class Toy:
         return list(torch.autograd.grad(loss, leaves, retain_graph=True))
 
 
-def slow_codes(scores, epsilon, iterations):
+def slow_codes(scores: Any, epsilon: Any, iterations: Any) -> Any:
     """SwAV's algorithm with all its factors, number by number, in float64."""
     samples, prototypes = range(len(scores)), range(len(scores[0]))
     q = [[math.exp(scores[b][k] / epsilon) for b in samples] for k in prototypes]  # [K][B]

@@ -1,15 +1,19 @@
 """SwAV against slow loops, its queue against a list, and two ranks against one."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from harness.pool import Distributed
 from seer_scale.objectives import SwAV
 from seer_scale.objectives.queue import EmbeddingQueue, reshard_queue
-from tests.objectives.oracles import Toy, cosines, crop_major, slow_swav
+from tests.objectives.oracles import Toy, cosines, crop_major, slow_codes, slow_swav
 
-EXACT = {"rtol": 1e-10, "atol": 1e-13}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +27,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-13}
     ],
     ids=str,
 )
-def test_loss_and_gradients_equal_slow_loops(options):
+def test_loss_and_gradients_equal_slow_loops(options: Any) -> None:
     crops = options.get("crops", 6)
     toy = Toy(crops * 3)
     embeddings, scores = toy.outputs()
@@ -36,7 +40,7 @@ def test_loss_and_gradients_equal_slow_loops(options):
         torch.testing.assert_close(gradient, slow_gradient, **EXACT)
 
 
-def test_codes_carry_no_gradient_but_every_crop_is_predicted():
+def test_codes_carry_no_gradient_but_every_crop_is_predicted() -> None:
     scores = cosines(12, 5).requires_grad_()
     loss, _ = SwAV(crops=3, assign_crops=(0,))(cosines(12, 4), scores)
     loss.backward()
@@ -44,7 +48,7 @@ def test_codes_carry_no_gradient_but_every_crop_is_predicted():
     assert (scores.grad[4:].abs().sum(dim=1) > 0).all()
 
 
-def test_is_float32_under_autocast_and_for_low_precision_scores():
+def test_is_float32_under_autocast_and_for_low_precision_scores() -> None:
     embeddings, scores = (tensor.detach().float() for tensor in Toy(12).outputs())
     plain, _ = SwAV()(embeddings, scores)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -56,7 +60,9 @@ def test_is_float32_under_autocast_and_for_low_precision_scores():
     assert torch.equal(low, rounded)
 
 
-def loss_and_gradients(options, rank=0, ranks=1, steps=1, batch=8):
+def loss_and_gradients(
+    options: Any, rank: Any = 0, ranks: Any = 1, steps: Any = 1, batch: Any = 8
+) -> Any:
     """Of the last of `steps` micro-batches, of which `rank` gets its share."""
     crops = 3
     toy = Toy(crops * batch)
@@ -71,7 +77,7 @@ def loss_and_gradients(options, rank=0, ranks=1, steps=1, batch=8):
     return [tensor.detach().numpy() for tensor in gathered], objective.queue is not None
 
 
-def loss_and_gradients_of_rank(options, steps):
+def loss_and_gradients_of_rank(options: Any, steps: Any) -> Any:
     world = torch.distributed.get_world_size()
     return loss_and_gradients(options, torch.distributed.get_rank(), world, steps)
 
@@ -81,7 +87,9 @@ def loss_and_gradients_of_rank(options, steps):
     [(2, {}, 1), (4, {"epsilon": 0.03}, 1), (2, {"queue_length": 16}, 4)],
     ids=["2 ranks", "4 ranks", "2 ranks with a queue"],
 )
-def test_ranks_together_equal_one_process(distributed, ranks, options, steps):
+def test_ranks_together_equal_one_process(
+    distributed: Distributed, ranks: Any, options: Any, steps: Any
+) -> None:
     whole, queued = loss_and_gradients(options, steps=steps)
     assert queued == ("queue_length" in options)
     parts = [part for part, _ in distributed(loss_and_gradients_of_rank, ranks, options, steps)]
@@ -92,10 +100,10 @@ def test_ranks_together_equal_one_process(distributed, ranks, options, steps):
         torch.testing.assert_close(mean, expected, **tolerance)
 
 
-def test_queue_is_a_list_whose_oldest_leave():
+def test_queue_is_a_list_whose_oldest_leave() -> None:
     crops, batch, length, dim = 3, 2, 5, 4
     objective = SwAV(crops=crops, assign_crops=(0, 2), queue_length=length)
-    newest_first = {0: [], 2: []}
+    newest_first: dict[int, list[torch.Tensor]] = {0: [], 2: []}
     prototypes = cosines(6, dim, seed=9)
     for step in range(6):
         lists = [rows[:length] for rows in newest_first.values()]
@@ -106,6 +114,7 @@ def test_queue_is_a_list_whose_oldest_leave():
         queue_scores = None
         if full:
             expected = torch.stack([row for rows in lists for row in rows])
+            assert objective.queue is not None
             assert torch.equal(objective.queue, expected)
             queue_scores = [torch.stack(rows) @ prototypes.T for rows in lists]
         extra = [] if objective.queue is None else [objective.queue @ prototypes.T]
@@ -117,7 +126,7 @@ def test_queue_is_a_list_whose_oldest_leave():
     assert full
 
 
-def test_queue_changes_the_loss():
+def test_queue_changes_the_loss() -> None:
     embeddings, scores = (tensor.detach() for tensor in Toy(18).outputs())
     objective = SwAV(queue_length=3)
     first, _ = objective(embeddings, scores)
@@ -125,13 +134,38 @@ def test_queue_changes_the_loss():
     assert first != second
 
 
-def test_queue_keeps_no_graph():
+def test_codes_of_a_crop_are_balanced_with_its_own_part_of_the_queue() -> None:
+    crops, batch, length, prototypes = 3, 2, 2, 4
+    objective = SwAV(crops=crops, queue_length=length)
+    embeddings = cosines(crops * batch, 5)
+    objective(embeddings, cosines(crops * batch, prototypes, seed=1))
+    assert objective.queue is not None
+    scores = cosines(crops * batch + 2 * length, prototypes, seed=2)
+    loss, _ = objective(embeddings, scores)
+    rows = scores.tolist()
+    current = [rows[crop * batch : (crop + 1) * batch] for crop in range(crops)]
+    queued = [rows[crops * batch :][crop * length : (crop + 1) * length] for crop in (0, 1)]
+    log_p = torch.log_softmax(scores[: crops * batch] / 0.1, dim=1).view(crops, batch, -1)
+    expected = []
+    for crop in (0, 1):
+        codes = slow_codes(current[crop] + queued[crop], 0.05, 3)
+        expected += [
+            -sum(codes[image][k] * float(log_p[other, image, k]) for k in range(prototypes))
+            for other in range(crops)
+            if other != crop
+            for image in range(batch)
+        ]
+    assert float(loss) == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+
+
+def test_queue_keeps_no_graph() -> None:
     objective = SwAV(queue_length=2)
     objective(*Toy(12).outputs())
+    assert objective.queue is not None
     assert not objective.queue.requires_grad
 
 
-def test_queue_waits_for_its_start():
+def test_queue_waits_for_its_start() -> None:
     objective = SwAV(crops=2, queue_length=2, queue_start_steps=3)
     offered = []
     for _ in range(4):
@@ -141,14 +175,14 @@ def test_queue_waits_for_its_start():
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4], ids=["unused", "filling", "full"])
-def test_queue_continues_from_its_state(steps):
-    def step(objective, seed):
+def test_queue_continues_from_its_state(steps: Any) -> None:
+    def step(objective: Any, seed: Any) -> Any:
         embeddings = cosines(4, 3, seed=seed)
         extra = [] if objective.queue is None else [objective.queue]
         rows = torch.cat([embeddings, *extra])
         return objective(embeddings, rows @ cosines(5, 3, seed=99).T)[0]
 
-    options = {"crops": 2, "queue_length": 5, "queue_start_steps": 4}
+    options: dict[str, Any] = {"crops": 2, "queue_length": 5, "queue_start_steps": 4}
     original, resumed = SwAV(**options), SwAV(**options)
     for seed in range(steps):
         step(original, seed)
@@ -159,15 +193,17 @@ def test_queue_continues_from_its_state(steps):
     assert resumed.queue is not None
 
 
-def test_a_longer_saved_queue_is_cut_to_its_newest():
+def test_a_longer_saved_queue_is_cut_to_its_newest() -> None:
     long, short = (SwAV(crops=2, queue_length=length) for length in (6, 4))
     for seed in range(3):
         long(cosines(4, 3, seed=seed), cosines(4, 5))
     short.load_state_dict(long.state_dict())
+    assert short.queue is not None
+    assert long.queue is not None
     assert torch.equal(short.queue, long.queue.unflatten(0, (2, 6))[:, :4].flatten(0, 1))
 
 
-def test_without_a_queue_there_is_no_state():
+def test_without_a_queue_there_is_no_state() -> None:
     objective = SwAV()
     objective(*Toy(12).outputs())
     assert objective.queue is None
@@ -175,7 +211,7 @@ def test_without_a_queue_there_is_no_state():
     objective.load_state_dict({})
 
 
-def test_metrics_of_a_spread_batch():
+def test_metrics_of_a_spread_batch() -> None:
     # Six images on six orthogonal directions, each with a prototype of its own.
     embeddings = torch.eye(6).repeat(2, 1)
     loss, metrics = SwAV(crops=2)(embeddings, embeddings)
@@ -185,7 +221,7 @@ def test_metrics_of_a_spread_batch():
     assert all(metric.dim() == 0 and not metric.requires_grad for metric in metrics.values())
 
 
-def test_metrics_of_a_collapsed_batch():
+def test_metrics_of_a_collapsed_batch() -> None:
     embeddings = torch.nn.functional.normalize(cosines(1, 256).float()).expand(24, -1)
     scores = torch.full((24, 3000), 0.7)
     loss, metrics = SwAV()(embeddings, scores)
@@ -212,37 +248,37 @@ def test_metrics_of_a_collapsed_batch():
     ],
     ids=str,
 )
-def test_refuses_numbers_out_of_range(options, sentence):
+def test_refuses_numbers_out_of_range(options: Any, sentence: Any) -> None:
     with pytest.raises(ValueError, match=sentence):
         SwAV(**options)
 
 
-def odd_queue():
+def odd_queue() -> Any:
     try:
         SwAV(queue_length=5)
     except ValueError as error:
         return str(error)
 
 
-def test_refuses_a_queue_that_does_not_divide_over_the_ranks(distributed):
+def test_refuses_a_queue_that_does_not_divide_over_the_ranks(distributed: Distributed) -> None:
     for sentence in distributed(odd_queue, 2):
         assert sentence.startswith("queue_length is 5, but must be")
         assert sentence.endswith("a multiple of the number of ranks, 2")
 
 
 @pytest.mark.parametrize("shape", [(13, 4), (0, 4), (12,)])
-def test_refuses_embeddings_that_are_not_crops(shape):
+def test_refuses_embeddings_that_are_not_crops(shape: Any) -> None:
     with pytest.raises(ValueError, match=r"embeddings have shape .* with 6 crops"):
         SwAV()(torch.zeros(shape), torch.zeros(12, 5))
 
 
 @pytest.mark.parametrize("shape", [(11, 5), (13, 5), (12,)])
-def test_refuses_scores_that_do_not_match_the_embeddings(shape):
+def test_refuses_scores_that_do_not_match_the_embeddings(shape: Any) -> None:
     with pytest.raises(ValueError, match="must have 12 rows for the crops and 0 for the queue"):
         SwAV()(torch.zeros(12, 4), torch.zeros(shape))
 
 
-def test_refuses_scores_without_those_of_a_full_queue():
+def test_refuses_scores_without_those_of_a_full_queue() -> None:
     objective = SwAV(crops=2, queue_length=2)
     objective(cosines(4, 3), cosines(4, 5))
     with pytest.raises(ValueError, match="must have 4 rows for the crops and 4 for the queue"):

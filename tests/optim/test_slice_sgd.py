@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.pool import Distributed
 from seer_scale import distributed as ranks
-from seer_scale.optim.slice_sgd import MOMENTUM, SliceSGD, apply_schedule, parameter_groups
+from seer_scale.optim.groups import join, parameter_groups
+from seer_scale.optim.loss_scale import LossScale
+from seer_scale.optim.slice_sgd import MOMENTUM, SliceSGD, apply_schedule
 from seer_scale.optim.update import fused_update_, update_, wide_norms
 
-Distributed = Callable[..., list[Any]]
 Result = dict[str, tuple[Tensor, Tensor]]  # values and momentum by name
+Settings = dict[str, dict[str, float]]  # weight_decay, momentum and eps by name
 
 LR, BETA, DECAY, TRUST, EPS, STEPS = 0.3, 0.9, 1e-2, 0.05, 1e-8, 4
 PADDING = 1e6  # what no rank may ever use
@@ -32,13 +36,20 @@ SHAPES = {
     "prototypes.weight": (5, 7),
 }
 UNIT_ROWS = frozenset({"prototypes.weight"})
+# Settings of single tensors, the first, one in the middle and the last among them.
+OWN = {
+    "conv.weight": {"weight_decay": 0.0, "eps": 0.5},
+    "scale": {"momentum": 0.5},
+    "prototypes.weight": {"weight_decay": 0.3, "momentum": 0.0},
+}
 
 
 def start_value(name: str, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Tensor:
     generator = torch.Generator().manual_seed(list(shapes).index(name))
     value = torch.randn(shapes[name], generator=generator, dtype=torch.float64)
     if name in UNIT_ROWS:
-        return value / value.norm(dim=1, keepdim=True)
+        unit: Tensor = value / value.norm(dim=1, keepdim=True)
+        return unit
     return value * 0 if name == "zero.weight" else value
 
 
@@ -57,8 +68,9 @@ def oracle(
     frozen_steps: int = 0,
     shapes: dict[str, tuple[int, ...]] = SHAPES,
     nesterov: bool = False,
+    own: Settings | None = None,
 ) -> tuple[Result, list[float]]:
-    """The formula of the class's docstring, tensor by tensor."""
+    """The formula of the class's docstring, tensor by tensor; `own` settings by name."""
     values = {name: start_value(name, shapes) for name in shapes}
     momenta = {name: torch.zeros_like(value) for name, value in values.items()}
     grad_norms = []
@@ -67,14 +79,17 @@ def oracle(
         for name, p in values.items():
             if name in UNIT_ROWS and step < frozen_steps:
                 continue
+            mine = (own or {}).get(name, {})
+            decay, eps = mine.get("weight_decay", DECAY), mine.get("eps", EPS)
+            beta = mine.get("momentum", BETA)
             g = gradient(name, step, shapes)
             squares.append(norm(g) ** 2)
             if trust is None:
-                g = g + DECAY * p
+                g = g + decay * p
             elif norm(p) > 0 and norm(g) > 0:
-                g = trust * norm(p) / (norm(g) + DECAY * norm(p) + EPS) * (g + DECAY * p)
-            momenta[name] = BETA * momenta[name] + g
-            p -= LR * (g + BETA * momenta[name] if nesterov else momenta[name])
+                g = trust * norm(p) / (norm(g) + decay * norm(p) + eps) * (g + decay * p)
+            momenta[name] = beta * momenta[name] + g
+            p -= LR * (g + beta * momenta[name] if nesterov else momenta[name])
             if name in UNIT_ROWS:
                 for row in p:
                     row /= norm(row)
@@ -83,7 +98,11 @@ def oracle(
 
 
 def build(
-    groups: list[dict[str, Any]], trust: float | None, shards: int = 1, nesterov: bool = False
+    groups: list[dict[str, Any]],
+    trust: float | None,
+    shards: int = 1,
+    nesterov: bool = False,
+    loss_scale: LossScale | None = None,
 ) -> SliceSGD:
     return SliceSGD(
         groups,
@@ -92,6 +111,7 @@ def build(
         weight_decay=DECAY,
         trust_coefficient=trust,
         shards=shards,
+        loss_scale=loss_scale,
     )
 
 
@@ -102,23 +122,25 @@ class Tensors(nn.Module):
         super().__init__()
         for name in SHAPES:
             owner, _, leaf = name.rpartition(".")
-            module = self
+            module: nn.Module = self
             if owner:
                 module = nn.Module()
                 self.add_module(owner, module)
             module.register_parameter(leaf, nn.Parameter(start_value(name)))
 
 
-def run_whole(trust: float | None, frozen_steps: int = 0) -> tuple[Result, list[float]]:
+def run_whole(
+    trust: float | None, frozen_steps: int = 0, scale: float | None = None
+) -> tuple[Result, list[float]]:
     model = Tensors()
     groups = parameter_groups(model, unit_rows=UNIT_ROWS)
-    optimizer = build(groups, trust)
+    optimizer = build(groups, trust, loss_scale=LossScale(scale) if scale else None)
     grad_norms = []
     for step in range(STEPS):
         frozen = UNIT_ROWS if step < frozen_steps else frozenset()
         apply_schedule(optimizer.param_groups, lr=LR, frozen=frozen)
         for name, parameter in model.named_parameters():
-            parameter.grad = gradient(name, step)
+            parameter.grad = gradient(name, step) * (scale or 1.0)
         optimizer.step()
         grad_norms.append(float(optimizer.take_grad_norm()))
     result = {s.name: (s.values.clone(), s.momentum.clone()) for s in optimizer.slices()}
@@ -130,14 +152,17 @@ def assert_same(actual: Result, expected: Result) -> None:
     for name, tensors in expected.items():
         for mine, theirs, kind in zip(actual[name], tensors, ("value", "momentum"), strict=True):
             torch.testing.assert_close(
-                mine, theirs, rtol=1e-11, atol=1e-13, msg=lambda m, t=(name, kind): f"{t}: {m}"
+                mine, theirs, rtol=1e-11, atol=1e-13, msg=partial("{}: {}".format, (name, kind))
             )
 
 
 @pytest.mark.parametrize("trust", [TRUST, None])
 @pytest.mark.parametrize("frozen_steps", [0, 2])
-def test_whole_tensors_follow_the_formula(trust: float | None, frozen_steps: int) -> None:
-    result, grad_norms = run_whole(trust, frozen_steps)
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_whole_tensors_follow_the_formula(
+    trust: float | None, frozen_steps: int, scale: float | None
+) -> None:
+    result, grad_norms = run_whole(trust, frozen_steps, scale)
     expected, expected_norms = oracle(trust, frozen_steps)
     assert_same(result, expected)
     assert grad_norms == pytest.approx(expected_norms, rel=1e-12)
@@ -196,6 +221,41 @@ def test_without_larc_it_is_torch_sgd(decay: float, nesterov: bool, exact: bool)
         # Weight decay is added in another operation than torch's, and rounded once more.
         tolerance = 0.0 if exact else 1e-6
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("plain", ["weight", "bias"])
+def test_two_groups_are_those_of_torch_sgd(plain: str, one_by_one: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build(parameter_groups(ours, unit_rows=frozenset()), None)
+    apply_schedule(optimizer.param_groups, lr=0.1)
+    for group in optimizer.param_groups:
+        if group["name"].endswith(plain):
+            group["weight_decay"], group["momentum"] = 0.0, 0.5
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in theirs.named_parameters() if not name.endswith(plain)]},
+        {
+            "params": [p for name, p in theirs.named_parameters() if name.endswith(plain)],
+            "weight_decay": 0.0,
+            "momentum": 0.5,
+        },
+    ]
+    reference = torch.optim.SGD(groups, lr=0.1, momentum=BETA, weight_decay=DECAY, foreach=False)
+    for _ in range(5):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        if one_by_one:
+            for mine in reversed(list(ours.parameters())):
+                optimizer.step_now([mine])
+        else:
+            optimizer.step()
+        reference.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        # As above: weight decay is rounded once more than torch's.
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
 
 
 def test_frozen_tensors_stay_and_remember_nothing() -> None:
@@ -274,7 +334,7 @@ def test_tensors_without_gradient_are_left_alone() -> None:
 def test_groups_name_each_trainable_tensor_and_know_partitioned_shapes() -> None:
     model = Tensors()
     model.get_parameter("bias").requires_grad_(False)
-    partitioned = model.get_parameter("conv.weight")
+    partitioned: Any = model.get_parameter("conv.weight")
     partitioned.ds_shape = torch.Size([8, 3, 3, 3])  # as ZeRO-3 marks what it took away
     groups = parameter_groups(model, unit_rows=UNIT_ROWS)
     assert {group["name"] for group in groups} == SHAPES.keys() - {"bias"}
@@ -319,16 +379,21 @@ def run_sharded(
     frozen_steps: int,
     shapes: dict[str, tuple[int, ...]],
     nesterov: bool = False,
+    own: Settings | None = None,
 ) -> tuple[list[tuple[str, int, Tensor, Tensor]], list[float], list[int]]:
     """Slices after STEPS steps, gradient norms, all-reduces of the last step.
 
     Modes: `together` steps all tensors in one call; `each` steps them one by one and empties the
-    other groups, as ZeRO does; `reduced` is `each` after `reduce_norms`.
+    other groups, as ZeRO does; `reduced` is `each` after `reduce_norms`; `joined` and `cut first`
+    are two groups of joined tensors, as ZeRO 1 and 2 and as ZeRO 3 cut them.
     """
     rank, world = ranks.rank(), ranks.world_size()
+    if mode in ("joined", "cut first"):
+        return run_joined(mode == "cut first", trust, frozen_steps, shapes, nesterov, own)
     parameters = {n: nn.Parameter(cut(start_value(n, shapes), rank, world)) for n in shapes}
     groups = [
         {"params": [p], "name": n, "shape": shapes[n], "unit_rows": n in UNIT_ROWS, "frozen": False}
+        | (own or {}).get(n, {})
         for n, p in parameters.items()
     ]
     optimizer = build(groups, trust, shards=world, nesterov=nesterov)
@@ -364,6 +429,63 @@ def run_sharded(
     return result, grad_norms, last_sizes
 
 
+def run_joined(
+    cut_first: bool,
+    trust: float | None,
+    frozen_steps: int,
+    shapes: dict[str, tuple[int, ...]],
+    nesterov: bool,
+    own: Settings | None,
+) -> tuple[list[tuple[str, int, Tensor, Tensor]], list[float], list[int]]:
+    """`run_sharded` with few groups, each of which steps while the others are empty."""
+    rank, world = ranks.rank(), ranks.world_size()
+
+    def held(group: dict[str, Any], values: Callable[[str], Tensor]) -> list[Tensor]:
+        """This rank's part of a joined group, in pieces."""
+        wholes = [values(tensor["name"]) for tensor in group["tensors"]]
+        if cut_first:
+            return [cut(whole, rank, world) for whole in wholes]
+        return [cut(torch.cat([whole.flatten() for whole in wholes]), rank, world)]
+
+    single = [
+        {"params": [], "name": n, "shape": shapes[n], "unit_rows": n in UNIT_ROWS, "frozen": False}
+        | (own or {}).get(n, {})
+        for n in shapes
+    ]
+    half = sum(map(math.prod, shapes.values())) // 2
+    groups = join(single, most=half, cut_first=cut_first)
+    starts = [held(group, lambda name: start_value(name, shapes)) for group in groups]
+    holders = [nn.Parameter(torch.cat(pieces)) for pieces in starts]
+    for group, holder in zip(groups, holders, strict=True):
+        group["params"] = [holder]
+    optimizer = build(groups, trust, shards=world, nesterov=nesterov)
+    grad_norms: list[float] = []
+    for step in range(STEPS):
+        frozen = UNIT_ROWS if step < frozen_steps else frozenset()
+        apply_schedule(optimizer.tensors, lr=LR, frozen=frozen)
+        gradients = [
+            held(group, lambda name, step=step: gradient(name, step, shapes))  # type: ignore[misc]
+            for group in groups
+        ]
+        with counted_all_reduces() as sizes:
+            optimizer.reduce_norms(
+                {g["name"]: pieces for g, pieces in zip(groups, gradients, strict=True)}
+            )
+            for index, group in enumerate(groups):
+                for other in groups:
+                    other["params"] = [holders[index]] if other is group else []
+                holders[index].grad = torch.cat(gradients[index])
+                optimizer.step()
+                holders[index].grad = None
+        for group, holder in zip(groups, holders, strict=True):
+            group["params"] = [holder]
+        grad_norms.append(float(optimizer.take_grad_norm()))
+    result = [(s.name, s.offset, s.values.clone(), s.momentum.clone()) for s in optimizer.slices()]
+    for pieces, holder in zip(starts, holders, strict=True):  # the padding is where it was
+        assert torch.equal(holder.detach() == PADDING, torch.cat(pieces) == PADDING)
+    return result, grad_norms, sizes
+
+
 def joined(
     per_rank: list[tuple[list[tuple[str, int, Tensor, Tensor]], list[float], list[int]]],
     shapes: dict[str, tuple[int, ...]],
@@ -386,12 +508,12 @@ def joined(
 
 
 @pytest.mark.parametrize("trust", [TRUST, None])
-@pytest.mark.parametrize("mode", ["together", "each", "reduced"])
+@pytest.mark.parametrize("mode", ["together", "each", "reduced", "joined", "cut first"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_slices_follow_the_formula_of_whole_tensors(
     distributed: Distributed, world_size: int, mode: str, trust: float | None
 ) -> None:
-    frozen_steps = 2 if mode == "reduced" else 0
+    frozen_steps = 0 if mode in ("together", "each") else 2
     per_rank = distributed(run_sharded, world_size, mode, trust, frozen_steps, SHAPES)
     expected, expected_norms = oracle(trust, frozen_steps)
     assert_same(joined(per_rank, SHAPES), expected)
@@ -404,9 +526,18 @@ def test_nesterov_is_exact_on_slices(distributed: Distributed) -> None:
     assert_same(joined(per_rank, SHAPES), oracle(None, nesterov=True)[0])
 
 
+@pytest.mark.parametrize("trust", [TRUST, None])
+@pytest.mark.parametrize("mode", ["together", "each", "reduced", "joined", "cut first"])
+def test_a_tensor_may_have_its_own_decay_momentum_and_eps(
+    distributed: Distributed, mode: str, trust: float | None
+) -> None:
+    per_rank = distributed(run_sharded, 2, mode, trust, 0, SHAPES, False, OWN)
+    assert_same(joined(per_rank, SHAPES), oracle(trust, own=OWN)[0])
+
+
 @pytest.mark.parametrize(
     ("mode", "reductions"),
-    [("together", [12]), ("each", [2] * 6), ("reduced", [12])],
+    [("together", [12]), ("each", [2] * 6), ("reduced", [12]), ("joined", [12])],
 )
 def test_norms_cost_one_all_reduce_when_known_together(
     distributed: Distributed, mode: str, reductions: list[int]
@@ -416,12 +547,15 @@ def test_norms_cost_one_all_reduce_when_known_together(
         assert sorted(sizes) == sorted([*reductions, rows])
 
 
+@pytest.mark.parametrize("mode", ["together", "joined"])
 @pytest.mark.parametrize("shape", [(1, 5), (2, 3), (5, 1), (2, 5), (7, 3), (3, 16)])
 def test_rows_stay_unit_wherever_slices_cut_them(
-    distributed: Distributed, shape: tuple[int, int]
+    distributed: Distributed, shape: tuple[int, int], mode: str
 ) -> None:
-    shapes = {"prototypes.weight": shape}
-    per_rank = distributed(run_sharded, 4, "together", TRUST, 0, shapes)
+    shapes: dict[str, tuple[int, ...]] = {"prototypes.weight": shape}
+    if mode == "joined":
+        shapes = {"scale": (3,)} | shapes  # so that rows begin elsewhere
+    per_rank = distributed(run_sharded, 4, mode, TRUST, 0, shapes)
     result = joined(per_rank, shapes)
     assert_same(result, oracle(TRUST, shapes=shapes)[0])
     rows = result["prototypes.weight"][0].view(shape).norm(dim=1)
@@ -440,7 +574,7 @@ def test_what_a_gpu_runs_is_the_same_update(momentum: float, nesterov: bool) -> 
             values, grads, momenta = [[tensor.clone() for tensor in kind] for kind in drawn]
             if skipped:
                 grads[1][3] = math.nan
-            given = {"on_grad": factors[0], "on_value": factors[1], "lr": 0.1}
+            given: dict[str, Any] = {"on_grad": factors[0], "on_value": factors[1], "lr": 0.1}
             given["momentum"] = momentum
             verdict = torch.tensor(skipped)
             function(values, grads, momenta, skipped=verdict, nesterov=nesterov, **given)
@@ -461,3 +595,21 @@ def test_wide_norms_are_those_of_float64() -> None:
     for norm, tensor in zip(wide_norms(tensors), tensors, strict=True):
         assert norm.dtype == torch.float64
         assert float(norm) == pytest.approx(float(tensor.double().norm()), rel=1e-8)
+
+
+def test_the_reported_norm_has_no_loss_scale_in_it_where_the_scale_doubles() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    group = {"params": [weight], "name": "w", "shape": (2,), "unit_rows": False, "frozen": False}
+    optimizer = SliceSGD(
+        [group],
+        lr=0.5,
+        momentum=0.0,
+        weight_decay=0.0,
+        trust_coefficient=None,
+        loss_scale=LossScale(value=4.0, interval=1),
+    )
+    for scale in (4.0, 8.0):  # it doubles after every good step
+        weight.grad = scale * torch.tensor([3.0, 4.0])
+        optimizer.step()
+        assert optimizer.take_grad_norm() == 5.0
+    assert weight.tolist() == [-3.0, -4.0]

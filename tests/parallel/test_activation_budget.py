@@ -7,10 +7,9 @@ import io
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from harness.jobs import arguments, run_job, write_images
 from harness.parity import Result, train
+from harness.pool import Distributed
 from seer_scale.errors import ConfigError
 from seer_scale.models import MultiCropModel, build_model, initialise
 from seer_scale.objectives.swav import SwAV
@@ -36,11 +36,10 @@ from seer_scale.parallel.activation_profile import (
     Cost,
     profile_activations,
 )
-from seer_scale.parallel.batchnorm import convert_sync_batchnorm
+from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.parallel.precision import apply_autocast
 
-Distributed = Callable[..., list[Any]]
 CROPS = [(8, 64), (12, 32)]  # 4 images: two crops of 64 pixels, three of 32
 K = 40
 
@@ -175,7 +174,8 @@ def step(recomputed: frozenset[int], precision: str) -> int:
         embeddings, scores = model(crops)
         loss, _ = objective(embeddings, scores)
         loss.backward()
-    return live.peak(without=[parameter.grad for parameter in model.parameters()])
+    most: int = live.peak(without=[parameter.grad for parameter in model.parameters()])
+    return most
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,7 @@ def job(argv: list[str]) -> str:
     return shown.getvalue()
 
 
+@pytest.mark.long
 def test_a_run_says_its_plan_or_refuses(distributed: Distributed, tmp_path: Path) -> None:
     data = write_images(tmp_path / "images")
 

@@ -6,7 +6,6 @@ and slices begin and end among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,11 +24,12 @@ from harness.parity import (
     worst_loss,
     worst_tensor,
 )
+from harness.pool import Distributed
 from seer_scale.models import paddings_of
 from seer_scale.models.padding import Padding
-from seer_scale.parallel.engine import Engine, recompute_plan
+from seer_scale.parallel.engine import Engine
+from seer_scale.train.build_engine import recompute_plan_of
 
-Distributed = Callable[..., list[Any]]
 STEPS, MULTIPLE = 10, 3
 CPU = torch.device("cpu")
 
@@ -132,6 +132,7 @@ def test_in_float64_it_is_the_same_training(
     assert_padding_is_zero(ranks)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "world_size", "checkpointing"),
     [
@@ -167,7 +168,7 @@ def test_a_budget_for_activations_counts_the_padding() -> None:
     peaks = []
     for multiple in (1, 12):  # groups of 8 become 12
         model = configuration(CASES["ddp"]).model.model_dump() | {"align_channels": multiple}
-        plan = recompute_plan(build, configuration(CASES["ddp"], "auto:1", model=model))
+        plan = recompute_plan_of(configuration(CASES["ddp"], "auto:1", model=model), build)
         assert plan is not None
         peaks.append(plan.peak)
     assert 1.2 < peaks[1] / peaks[0] < 1.5

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from harness.jobs import RECIPES, ROOT
-from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.config.ds_config import ds_config_of
 from seer_scale.config.recipe import parse
 from seer_scale.errors import ConfigError
-from seer_scale.parallel.compatibility import PRECISIONS, check_sharding
+from seer_scale.parallel.compatibility import PRECISIONS
+from seer_scale.parallel.options import ShardingOptions
+from seer_scale.train.build_engine import check_run, sharding_options
 
 
 def check(
@@ -28,13 +30,10 @@ def check(
         path = folder / "zero.json"
         path.write_text(json.dumps({"zero_optimization": zero}))
     option = [] if path is None else ["--deepspeed_config", str(path)]
-    config = parse(["--recipe", "debug", *option, *overrides], recipes=RECIPES).config
-    ds_config = path and resolve_ds_config(
-        load_ds_config(path), path=path, config=config, world_size=world_size
-    )
-    check_sharding(
+    config = parse(["--recipe", "debug", *option, *overrides], recipes=RECIPES, ranks=1).config
+    check_run(
         config,
-        ds_config,
+        ds_config_of(config, world_size),
         world_size=world_size,
         local_world_size=local_world_size,
         cuda=False,
@@ -43,7 +42,11 @@ def check(
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme"}
 REFUSED: list[tuple[list[str], dict[str, Any] | None, list[str]]] = [
-    (["sharding.sync_bn_group_size=8"], None, ["sync_bn_group_size is 8", "4 ranks", "or less"]),
+    (
+        ["sharding.sync_bn_group_size=8"],
+        None,
+        ["size is 8", "4 ranks", "to 1, 2 or 4, 0 for all"],
+    ),
     (["sharding.strategy=hsdp", "sharding.shard_size=3"], None, ["shard_size is 3", "4 ranks"]),
     (["sharding.shard_size=2"], None, ["shard_size is 2", "strategy is ddp", "only hsdp reads"]),
     (["sharding.prefetch=3"], None, ["prefetch is 3", "fsdp or hsdp"]),
@@ -177,3 +180,10 @@ def test_apex_o1_goes_with_stage_0_only(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(ConfigError) as raised:
             check("train.precision=apex-o1", *overrides, zero=zero, folder=tmp_path)
         assert all(fragment in str(raised.value) for fragment in fragments)
+
+
+def test_options_without_values_are_those_of_a_recipe_without_keys() -> None:
+    config = parse(["--recipe", "debug"], recipes=RECIPES, ranks=1).config
+    section = type(config.sharding).model_validate({})
+    plain = config.model_copy(update={"sharding": section})
+    assert sharding_options(plain) == ShardingOptions()

@@ -1,6 +1,6 @@
 """Apex and FairScale on a machine without them: sentences, and what of the wiring runs here.
 
-Both need CUDA; where it is, `make gpu-check` runs them in the parity matrix.
+Where CUDA is, `make gpu-check` runs both in the parity matrix. test_fairscale.py runs one on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from seer_scale.models import build_model, initialise
-from seer_scale.optim.slice_sgd import parameter_groups
+from seer_scale.optim.groups import parameter_groups
 from seer_scale.parallel import apex, fairscale
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
@@ -107,7 +107,8 @@ def test_without_apex_the_tags_that_have_it_are_named() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fairscale") is not None, reason="it is installed")
-def test_without_fairscale_its_extra_is_named() -> None:
+def test_without_fairscale_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fairscale", None)  # as if it were not installed
     expected = "FairScale is not installed (pip install 'seer-scale[fairscale]')"
     assert fairscale.missing(cuda=True) == expected
 
@@ -131,10 +132,10 @@ def states(model: nn.Module, handle: SimpleNamespace) -> dict[str, list[bool]]:
             module.register_forward_hook(note(name))
     original = torch.nn.functional.linear
 
-    def linear(*args: Any) -> torch.Tensor:
+    def linear(*args: Any, **kwargs: Any) -> torch.Tensor:
         if isinstance(args[1], nn.Parameter):  # not squeeze-and-excitation's, noted above
             seen.setdefault("linear", []).append(handle._is_active)
-        return original(*args)
+        return original(*args, **kwargs)
 
     torch.nn.functional.linear = linear
     try:
@@ -180,7 +181,7 @@ def test_names_and_shapes_are_the_models_under_fairscale() -> None:
     names = ["_fsdp_wrapped_module._fpw_module.head._fsdp_wrapped_module._fpw_module.mean", "x.y"]
     cleaned = fairscale._cleaned(lambda: [(name, torch.zeros(1)) for name in names])
     assert [name for name, _ in cleaned()] == ["head.mean", "x.y"]
-    layer = nn.Linear(3, 5)
+    layer: Any = nn.Linear(3, 5)
     for parameter, shape in ((layer.weight, (5, 3)), (layer.bias, (5,))):
         parameter._orig_size = torch.Size(shape)
         parameter.data = torch.zeros(8)  # this rank's part, padded

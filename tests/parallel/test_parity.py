@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -18,8 +17,8 @@ from harness.parity import (
     worst_loss,
     worst_tensor,
 )
+from harness.pool import Distributed
 
-Distributed = Callable[..., list[Any]]
 # float32 sums in another order (BatchNorm over ranks, weight gradients over parts of a batch),
 # which 20 steps of a BatchNorm network amplify; a mistake is at least ten times as large (below).
 TOLERANCE = 1e-4
@@ -68,7 +67,8 @@ def test_strategy_equals_plain_loop(
     assert_bitwise(ranks[0], distributed(train, 2, "ddp", "none", FEW)[0])
 
 
-GROUPS = {"sharding": {"checkpoint_groups": [[1], [1, 2], [2]]}}  # stages of 1, 2 and 3 blocks
+# Of stages of 1, 2 and 3 blocks.
+GROUPS: dict[str, Any] = {"sharding": {"checkpoint_groups": [[1], [1, 2], [2]]}}
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,18 @@ def test_groups_of_sharded_blocks_are_recomputed(distributed: Distributed, name:
     assert_like_the_plain_loop(distributed(job, CASES[name].world_size)[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_world_size_does_not_matter(distributed: Distributed, world_size: int) -> None:
     assert_like_the_plain_loop(distributed(train, world_size, "fsdp", "none", FEW)[0])
 
 
+@pytest.mark.long
 def test_hybrid_sharding_equals_plain_loop(distributed: Distributed) -> None:
     assert_like_the_plain_loop(distributed(train, 4, "hsdp(2x2)", "full", FEW)[0])
 
 
-FUSED = {"optim": {"fuse_backward": True}}
+FUSED: dict[str, Any] = {"optim": {"fuse_backward": True}}
 
 
 @pytest.mark.parametrize(

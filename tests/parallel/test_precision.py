@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,14 +19,14 @@ from harness.parity import (
     plain_loop,
     whole_tensors,
 )
+from harness.pool import Distributed
 from seer_scale import distributed as dist
 from seer_scale.errors import UserError
 from seer_scale.objectives.swav import SwAV
+from seer_scale.optim.loss_scale import SMALLEST, LossScale
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.parallel.compatibility import PRECISIONS
-from seer_scale.parallel.precision import SMALLEST, LossScale
 
-Distributed = Callable[..., list[Any]]
 DTYPES = {"bf16": torch.bfloat16, "amp-o1": torch.float16}
 STEPS = 6
 # Rounding of 8 (bf16) or 11 bits (float16) in every convolution, in another order on every rank;
@@ -99,9 +98,7 @@ def test_low_precision_trains_on_float32_state(
 def test_every_pair_of_the_table(distributed: Distributed, name: str, precision: str) -> None:
     assert precision in PRECISIONS[CASES[name].strategy]
     if name == "zero3+nvme":
-        pytest.skip(
-            "minutes of small files; amp-o1 is refused there (tests/parallel/test_compatibility.py)"
-        )
+        pytest.skip("minutes of small files; amp-o1 is refused there (test_compatibility.py)")
     assert_works(distributed, name, precision)
 
 
@@ -122,6 +119,7 @@ def overflow(name: str) -> list[Any]:
         loss, _ = objective(*engine(my_crops(0, torch.device("cpu")), None))
         engine.backward(loss if dist.rank() == 0 or scale < 1e6 else loss * 2.0**-40)
         norm = engine.step()
+        assert norm is not None
         after = whole_tensors(engine)
         same = [name for name in before if torch.equal(after[name], before[name])]
         same_momenta = all(torch.equal(p.momentum, momenta[p.name]) for p in engine.slices())
@@ -155,6 +153,12 @@ def test_loss_scale_halves_doubles_and_gives_up() -> None:
     for _ in range(3):
         scale.update(overflow=False)
     assert (scale.value, scale.stepped_with, scale.overflowed) == (8.0, 4.0, False)
+    # An overflow begins the count anew: the two good steps before it do not count.
+    for overflow in (False, False, True, False, False):
+        scale.update(overflow)
+    assert (scale.value, scale.good_steps) == (4.0, 2)
+    scale.update(overflow=False)
+    assert scale.value == 8.0
     other = LossScale()
     other.load(scale.state())
     assert (other.value, other.good_steps) == (8.0, 0)

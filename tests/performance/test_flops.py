@@ -1,4 +1,4 @@
-"""Against torch's FlopCounterMode: forward and backward of every trunk, to the last operation."""
+"""Operations equal those of torch's FlopCounterMode, forward and backward, for every trunk."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_training_is_torchs_count_with_the_groups_written_out(trunk: str) -> Non
 
 def test_the_plans_figures_are_these() -> None:
     found = plan("debug", "cpu", nodes=1, gpus_per_node=1)
-    own, data = found.config.model, found.config.data
+    own, data = found.model, found.batch
     options: dict[str, Any] = {
         "head": own.head_dims,
         "prototypes": own.prototypes,

@@ -1,4 +1,4 @@
-"""What a step frees is there for the next one: the system clears no pages anew."""
+"""A step reuses the memory that the step before freed: the system maps no new pages."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def faults_and_huge_kib(how: str) -> tuple[int, int]:
     return faults, huge
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told how")
 def test_freed_memory_is_kept_in_huge_pages() -> None:
     usual, _ = faults_and_huge_kib("usual")

@@ -1,4 +1,4 @@
-"""A profiled run: traces and tables of the ranks asked for, in accord with the run's own clock."""
+"""A profiled run writes traces and tables of the chosen ranks that agree with the run's clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import gzip
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ import pytest
 import torch
 
 from harness.jobs import RECIPES, arguments, lines, run_job, write_images
+from harness.pool import Distributed
 from seer_scale.config.recipe import parse
 from seer_scale.errors import ConfigError
-from seer_scale.parallel.compatibility import check_sharding
 from seer_scale.performance.time_by_kind import CONV, NORM, OPTIMIZER, time_by_kind
 from seer_scale.tracking.spool import SPOOL, Tracker, read_events
 from seer_scale.train import build
-
-Distributed = Callable[..., list[Any]]
+from seer_scale.train.build_engine import check_run
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +32,7 @@ def events_of(path: Path) -> list[dict[str, Any]]:
         return list(json.load(file)["traceEvents"])
 
 
+@pytest.mark.long
 def test_the_kinds_add_up_to_the_steps(
     distributed: Distributed, images: Path, tmp_path: Path
 ) -> None:
@@ -77,21 +76,22 @@ def run_part(argv: list[str], steps: int) -> list[str]:
     """A run that is stopped while it is profiled; the files that it left."""
     from harness.jobs import open_trainer
     from seer_scale.train.stopping import Stop
+    from seer_scale.train.trainer import StepResult
 
     trainer = open_trainer(argv)
     inner = trainer.train_step
 
-    def step() -> tuple[dict[str, float], Stop, bool]:
-        metrics, _, refresh = inner()
+    def step() -> StepResult:
+        result = inner()
         done = trainer.state.step == steps
-        return metrics, Stop.DONE if done else Stop.NO, refresh
+        return result._replace(stop=Stop.DONE if done else Stop.NO)
 
     trainer.train_step = step  # type: ignore[method-assign]
     try:
         trainer.train()
     finally:
         trainer.close("KILLED")
-    folder = Path(trainer.config.run.dir) / "profile"
+    folder = trainer.run_dir / "profile"
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -106,7 +106,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has(
 
 def test_files_go_to_the_tracker(tmp_path: Path) -> None:
     argv = arguments("nowhere", tmp_path / "run", "profile.steps=[2,2]")
-    config = parse(argv, recipes=RECIPES).config
+    config = parse(argv, recipes=RECIPES, ranks=1).config
     tracker, said = Tracker(tmp_path / "run"), list[str]()
     profiler = build.profiler_of(config, torch.device("cpu"), tracker, said.append)
     for step in range(1, 5):
@@ -136,16 +136,16 @@ def test_files_go_to_the_tracker(tmp_path: Path) -> None:
 )
 def test_mistakes(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as found:
-        parse(["--recipe", "debug", override], recipes=RECIPES)
+        parse(["--recipe", "debug", override], recipes=RECIPES, ranks=1)
     assert all(word in str(found.value) for word in words), found.value
 
 
 def test_a_rank_that_is_not_there() -> None:
     argv = ["--recipe", "debug", "profile.steps=[1,2]", "profile.ranks=[0,4]"]
-    config = parse(argv, recipes=RECIPES).config
+    config = parse(argv, recipes=RECIPES, ranks=1).config
     with pytest.raises(ConfigError, match=r"profile.ranks is \[0, 4\], but the run has 4 ranks"):
-        check_sharding(config, None, world_size=4, local_world_size=4, cuda=False)
-    check_sharding(config, None, world_size=5, local_world_size=5, cuda=False)
+        check_run(config, None, world_size=4, local_world_size=4, cuda=False)
+    check_run(config, None, world_size=5, local_world_size=5, cuda=False)
 
 
 def collections_of(argv: list[str]) -> list[int]:
@@ -158,7 +158,8 @@ def collections_of(argv: list[str]) -> list[int]:
     def step() -> Any:
         within[0] = True
         try:
-            rubbish = [[] for _ in range(5000)]  # enough to set off the automatic collection
+            # Enough to set off the automatic collection.
+            rubbish: list[list[Any]] = [[] for _ in range(5000)]
             for item in rubbish:
                 item.append(item)
             return inner()

@@ -1,4 +1,4 @@
-"""A rank that is always slow is named; a clock that stands still in collectives tells it."""
+"""A rank that is always slow is named; the work clock of every rank leaves out collectives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import pytest
 import torch
 
 from harness.jobs import arguments, lines, open_trainer, write_images
+from harness.pool import Distributed
 from seer_scale import distributed as ranks
 from seer_scale.distributed.work_clock import CLOCK, WorkClock
 from seer_scale.performance.stragglers import Stragglers
 
-Distributed = Callable[..., list[Any]]
 CPU = torch.device("cpu")
 
 
@@ -41,7 +40,7 @@ def test_only_who_is_slow_again_and_again_is_named() -> None:
     assert said == []
     watch.observe(slow_last)
     assert len(said) == 1
-    assert said[0].startswith("warning: rank 2 was the slowest in 3 steps in a row: 2.000 s of ")
+    assert said[0].startswith("warning: rank 2 was the slowest in 3 consecutive steps: 2.000 s of ")
     for _ in range(10):
         watch.observe(slow_last)
     assert len(said) == 1  # once is enough
@@ -103,7 +102,7 @@ def run_with_a_slow_rank(argv: list[str], seconds: float) -> str:
     try:
         with contextlib.redirect_stderr(said):
             trainer = open_trainer(argv)
-            trainer.stragglers = Stragglers(trainer._say, patience=4)
+            trainer.telemetry.stragglers = Stragglers(trainer.telemetry.say, patience=4)
             try:
                 trainer.train()
             finally:
@@ -113,13 +112,14 @@ def run_with_a_slow_rank(argv: list[str], seconds: float) -> str:
     return said.getvalue()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_names_its_slow_rank(distributed: Distributed, tmp_path: Path, strategy: str) -> None:
     images = write_images(tmp_path / "images")
     more = ("train.steps=8", f"sharding.strategy={strategy}")
     argv = arguments(images, tmp_path / "run", *more)
     said, _ = distributed(run_with_a_slow_rank, 2, argv, 0.5)
-    assert "warning: rank 1 was the slowest in 4 steps in a row" in said
-    ratios = [line.get("straggler_ratio") for line in lines(tmp_path / "run")]
+    assert "warning: rank 1 was the slowest in 4 consecutive steps" in said
+    ratios: list[Any] = [line.get("straggler_ratio") for line in lines(tmp_path / "run")]
     assert ratios[0] is None
     assert statistics.median(ratios[1:]) > 1.3

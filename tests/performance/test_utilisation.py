@@ -1,9 +1,8 @@
-"""MFU and HFU: operations counted by torch, seconds by the run, a peak that is set or looked up."""
+"""MFU and HFU from operations counted by torch, seconds of the run, and a given or known peak."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.jobs import RECIPES, arguments, lines, run_job, write_images
+from harness.pool import Distributed
 from seer_scale.config.recipe import parse
 from seer_scale.models.regnet import trunk_config
 from seer_scale.performance import hardware
 from seer_scale.performance.flops import STEM, trunk_layers
 from seer_scale.performance.hardware import hardware_of, load_hardware
-from seer_scale.train import build
+from seer_scale.train import build, build_reports
 
-Distributed = Callable[..., list[Any]]
 CPU = torch.device("cpu")
 
 
 def utilisation(*overrides: str) -> tuple[Any, list[str]]:
-    config = parse(arguments("nowhere", "run", *overrides), recipes=RECIPES).config
+    config = parse(arguments("nowhere", "run", *overrides), recipes=RECIPES, ranks=1).config
     said: list[str] = []
     return build.utilisation_of(config, CPU, None, said.append), said
 
@@ -32,7 +31,7 @@ def utilisation(*overrides: str) -> tuple[Any, list[str]]:
 def test_model_operations_are_those_that_torch_counts() -> None:
     found, said = utilisation("run.peak_tflops=2.0")
     assert (found.peak, said) == (2e12, [])
-    config = parse(arguments("nowhere", "run"), recipes=RECIPES).config
+    config = parse(arguments("nowhere", "run"), recipes=RECIPES, ranks=1).config
     model = build.model_of(config, CPU).train()
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)
@@ -76,7 +75,7 @@ def test_recomputation_is_in_hfu_only() -> None:
 def test_the_peak_is_that_of_the_device_s_profile(
     monkeypatch: pytest.MonkeyPatch, device: str, precision: str, profile: str
 ) -> None:
-    monkeypatch.setattr(build, "device_name", lambda _: device)
+    monkeypatch.setattr(build_reports, "device_name", lambda _: device)
     found = hardware_of(device)
     assert found == load_hardware(profile)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # a CPU's profile is of a core
@@ -86,14 +85,14 @@ def test_the_peak_is_that_of_the_device_s_profile(
 
 
 def test_an_unknown_peak_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "device_name", lambda _: "Abacus 3000")
+    monkeypatch.setattr(build_reports, "device_name", lambda _: "Abacus 3000")
     found, said = utilisation()
     assert found is None
     assert said == [
         "no mfu: the peak of Abacus 3000 in train.precision=fp32 is not known; run.peak_tflops "
         "sets it"
     ]
-    monkeypatch.setattr(build, "device_name", lambda _: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(build_reports, "device_name", lambda _: "Tesla V100-SXM2-32GB")
     assert utilisation("train.precision=bf16")[0] is None  # which it only emulates
     assert utilisation("run.peak_tflops=0.5")[0].peak == 0.5e12
 

@@ -1,4 +1,4 @@
-"""Advice where memory ran out: the planner's own figures, and a run that really has no memory."""
+"""Advice after out of memory: equals the planner's figures; a run without memory prints it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,29 +23,33 @@ SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 
 
 def advice(*overrides: str, ranks: int = 8) -> str:
-    config = parse(["--recipe", "swav_in1k_regnety_16gf", *overrides], recipes=RECIPES).config
+    config = parse(
+        ["--recipe", "swav_in1k_regnety_16gf", *overrides], recipes=RECIPES, ranks=ranks
+    ).config
     error = torch.OutOfMemoryError(SAID)
     assert is_out_of_memory(error)
-    return out_of_memory(error, config, nodes=1, gpus_per_node=ranks, cuda=True)
+    planner = partial(plan, config, nodes=1, gpus_per_node=ranks)
+    return out_of_memory(error, planner, cuda=True)
 
 
 def total(*overrides: str, strategy: str | None = None) -> float:
-    where = {"nodes": 1, "gpus_per_node": 8, "strategy": strategy}
+    where: dict[str, Any] = {"nodes": 1, "gpus_per_node": 8, "strategy": strategy}
     memory = plan("swav_in1k_regnety_16gf", "h100_80gb", overrides=overrides, **where).memory
     return memory.total / GIB
 
 
+@pytest.mark.long
 def test_every_knob_frees_what_the_planner_says() -> None:
     base = ("sharding.sync_bn_group_size=0", "sharding.activation_checkpointing=none")
     said = advice(*base)
     assert "ran out of GPU memory (CUDA out of memory)" in said
     own = total(*base, strategy="ddp")
     assert f"counts {own:.3g} GiB" in said
-    half = total(*base, "train.micro_batch_size=32", "train.gradient_accumulation=2")
+    half = total(*base, "train.micro_batch_size=32", "train.gradient_accumulation=16")
     full = total("sharding.sync_bn_group_size=0", "sharding.activation_checkpointing=full")
     sharded = total(*base, strategy="fsdp")
     freed = {
-        "train.micro_batch_size=32 with train.gradient_accumulation=2": own - half,
+        "train.micro_batch_size=32 with train.gradient_accumulation=16": own - half,
         "sharding.activation_checkpointing=full": own - full,
         "sharding.strategy=fsdp": own - sharded,
     }
@@ -88,6 +94,7 @@ class Greedy(SwAV):
 """
 
 
+@pytest.mark.long
 @pytest.mark.launch
 def test_a_run_without_memory_ends_with_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(PLUGIN)

@@ -57,7 +57,8 @@ def test_a_file_is_written_from_one_buffer_past_the_cache(
 def test_a_file_system_that_refuses_blocks_gets_the_file_through_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, refused = os.write, []
+    write = os.write
+    refused: list[int] = []
 
     def refusing(descriptor: int, data: memoryview) -> int:
         if not refused:

@@ -71,6 +71,7 @@ def refused(disk: Path, *command: str, room: int = 0) -> str:
     return said
 
 
+@pytest.mark.long
 @pytest.mark.launch
 @pytest.mark.parametrize(("room", "tracking"), [(0, "false"), (0, "true"), (8, "true")])
 def test_a_run_that_starts_on_a_full_disk(
@@ -83,6 +84,7 @@ def test_a_run_that_starts_on_a_full_disk(
     assert said.endswith(": make room there, or name another place")
 
 
+@pytest.mark.long
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "command",

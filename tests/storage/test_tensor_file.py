@@ -12,7 +12,15 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seer_scale.storage.tensor_file import CHUNK, Kind, Stamp, TensorFile, stamp, write_tensors
+from seer_scale.storage.tensor_file import (
+    CHUNK,
+    Kind,
+    Stamp,
+    TensorFile,
+    lay_out,
+    stamp,
+    write_tensors,
+)
 
 
 def tensors() -> dict[str, Tensor]:
@@ -90,3 +98,11 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError):  # noqa: PT011 (any sentence will do)
         TensorFile(path)
+
+
+def test_tensors_begin_at_a_multiple_of_eight_bytes_whatever_the_header_says() -> None:
+    for length in range(9):
+        layout = lay_out({"a": Kind(torch.float64, (3,))}, {"note": "x" * length})
+        assert layout.begins["a"] % 8 == 0
+        assert layout.begins["a"] == len(layout.header)
+        assert layout.bytes == len(layout.header) + 24

@@ -65,3 +65,13 @@ def test_points_that_do_not_tell_the_exponent_are_known() -> None:
     x = [1.0, 2.0, 4.0, 8.0]
     assert not fit_power_law(x, [1 + value**-0.5 for value in x], samples=2).law.unbounded
     assert fit_power_law(x, [2.0, 1.0, 1.0, 1.0], samples=2).law.unbounded  # all of it at once
+
+
+def test_the_floor_is_never_below_the_least() -> None:
+    """Of a law whose floor is -0.5; a loss or an error cannot fall below 0."""
+    x = [1.0, 2.0, 4.0, 8.0, 16.0]
+    y = [-0.5 + 2 * value**-0.4 for value in x]
+    assert fit_power_law(x, y, samples=1, least=-1.0).law.floor == pytest.approx(-0.5, abs=1e-3)
+    bounded = fit_power_law(x, y, samples=1)
+    assert bounded.law.floor == 0
+    assert min(law.floor for law in bounded.laws) >= 0

@@ -5,9 +5,13 @@ Every sender is a process that imports mlflow (seconds); the scenarios are few a
 
 from __future__ import annotations
 
+import base64
+import getpass
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,8 +26,10 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from PIL import Image
 
 from seer_scale.commands import sync
 from seer_scale.convert.loading import load
@@ -34,8 +40,9 @@ from seer_scale.serving import export_trunk
 from seer_scale.tracking import Tracker, sender, start_tracking
 from seer_scale.tracking.lock import holder
 from seer_scale.tracking.quiet import quieten
+from seer_scale.tracking.spool import SETTINGS, write_json
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 SECRET = "correct-horse"
@@ -164,6 +171,8 @@ def life(database: str, folder: Path) -> Tracker:
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
         tracker = start(folder / "life", database, system_metrics=True)
     run_dir = tracker.run_dir
+    about = {"digest": "0123456789abcdef", "images": 1234, "used_for": "training"}
+    tracker.log_dataset("/data/photographs", **about)  # type: ignore[arg-type]
     tracker.log_params({f"section.key_{i}": i for i in range(150)})
     tracker.log_params({"long": "x" * 7000, "odd name?": 1})
     for step in range(800):
@@ -180,7 +189,9 @@ def life(database: str, folder: Path) -> Tracker:
     for step, aliases in ((500, ["best", "latest"]), (800, ["latest"])):
         trunk(torch.randn(4, 3, 64, 64))  # other BatchNorm statistics, so other features
         exported = run_dir / "checkpoints" / f"step_{step:08d}" / "trunk"
-        export_trunk(trunk, exported, trunk="regnety_debug", step=step)
+        made = {"recipe": "mine", "images": 10 * step + 3000, "objective": "swav"}
+        made |= {"crop_sizes": [64, 32], "crop_counts": [2, 4]}
+        export_trunk(trunk, exported, trunk="regnety_debug", step=step, pretraining=made)
         tracker.log_model(exported, step=step, tags={"loss": 0.5}, aliases=aliases)
     assert tracker.wait_for_run_id(120)
     time.sleep(3)  # for the system metrics, sampled every second here
@@ -238,6 +249,88 @@ def test_models_are_registered_and_hold_no_pickle(
     assert not (life.folder / "scratch").exists() or not any((life.folder / "scratch").iterdir())
 
 
+def test_a_logged_model_knows_its_versions_as_if_mlflow_had_registered_it(
+    life: Tracker, database: str
+) -> None:
+    import mlflow
+
+    registry = client(database)
+    newest = registry.get_model_version_by_alias("seer-tests", "latest")
+    model_id = newest.source.removeprefix("models:/")
+    ours = json.loads(registry.get_logged_model(model_id).tags["mlflow.modelVersions"])
+    mlflow.set_tracking_uri(database)
+    try:
+        mlflow.register_model(f"models:/{model_id}", "by-mlflow")
+    finally:
+        mlflow.set_tracking_uri(None)
+    theirs = json.loads(registry.get_logged_model(model_id).tags["mlflow.modelVersions"])
+    assert theirs == [*ours, {"name": "by-mlflow", "version": ours[0]["version"] - 1}]
+    assert ours == [{"name": "seer-tests", "version": newest.version}]
+
+
+def test_pages_have_user_source_commit_images_and_texts(life: Tracker, database: str) -> None:
+    registry, run_id = client(database), str(life.run_id)
+    run = registry.get_run(run_id)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert run.data.tags["mlflow.user"] == getpass.getuser()
+    assert run.data.tags["mlflow.source.name"] == sys.argv[0]
+    assert run.data.tags["mlflow.source.git.commit"] == commit
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("photographs", "0123456789abcdef")
+    assert json.loads(used.dataset.profile) == {"images": 1234}
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    import mlflow
+
+    source = mlflow.data.get_source(used)
+    assert source.to_dict() == {"uri": "/data/photographs"}
+    best = registry.get_model_version_by_alias("seer-tests", "best")
+    model = registry.get_logged_model(best.source.removeprefix("models:/"))
+    assert model.tags["mlflow.source.git.commit"] == commit
+    assert model.tags["mlflow.note.content"] == best.description
+    for words in ("`regnety_debug`", "recipe `mine`", "8,000 images seen", "2 x 64", "no k-NN yet"):
+        assert words in best.description
+    newest = registry.get_model_version_by_alias("seer-tests", "latest")
+    whole = registry.get_registered_model("seer-tests").description
+    assert newest.description in whole
+
+
+def test_a_later_evaluation_is_in_the_texts_but_not_in_a_persons(
+    life: Tracker, database: str
+) -> None:
+    from seer_scale.tracking.mlflow_client import log_evaluation
+
+    registry = client(database)
+
+    def evaluate(step: int, top1: float) -> None:
+        log_evaluation(
+            database,
+            run_id=life.run_id,
+            experiment="tests",
+            run_name="unused",
+            params={},
+            metrics={"eval/knn/top1": top1},
+            step=step,
+            files=[],
+            folder="evaluation/knn",
+            scratch=life.run_dir,
+        )
+
+    evaluate(800, 0.5)
+    newest = registry.get_model_version_by_alias("seer-tests", "latest")
+    best = registry.get_model_version_by_alias("seer-tests", "best")
+    assert newest.description.endswith("k-NN top-1 50.00 %.")
+    assert "k-NN top-1 50.00 %." in registry.get_registered_model("seer-tests").description
+    assert "no k-NN yet" in best.description  # of another step
+    registry.update_model_version("seer-tests", str(newest.version), "mine: no k-NN yet")
+    registry.update_registered_model("seer-tests", "for the shop")
+    evaluate(800, 0.75)
+    newest = registry.get_model_version_by_alias("seer-tests", "latest")
+    assert newest.description == "mine: no k-NN yet"
+    assert registry.get_registered_model("seer-tests").description == "for the shop"
+
+
 def test_every_way_to_load_gives_the_same_features(life: Tracker, database: str) -> None:
     import mlflow
 
@@ -262,8 +355,15 @@ def test_every_way_to_load_gives_the_same_features(life: Tracker, database: str)
     for features in found.values():
         np.testing.assert_array_equal(features, expected)
     inputs, outputs = served.metadata.signature.inputs, served.metadata.signature.outputs
-    assert inputs.inputs[0].shape == (-1, 3, -1, -1)
+    assert inputs.inputs[0].shape == (-1,)  # numbers of any shape, and encoded images
     assert outputs.inputs[0].shape == (-1, expected.shape[1])
+    example = served.input_example
+    assert served.predict(example).shape == (1, expected.shape[1])
+    file = io.BytesIO()
+    Image.new("RGB", (90, 60), (200, 60, 40)).save(file, "JPEG")
+    by_bytes = served.predict(np.array([file.getvalue()], dtype=object))
+    frame = pandas.DataFrame({"image": [base64.b64encode(file.getvalue()).decode()]})
+    np.testing.assert_array_equal(served.predict(frame), by_bytes)
 
 
 def test_a_model_loads_where_the_package_is_not_installed(
@@ -307,6 +407,7 @@ def test_a_resumed_run_goes_on_and_a_killed_sender_costs_and_doubles_nothing(
 ) -> None:
     run_id = life.run_id
     assert run_id is not None
+    versions = len(client(database).search_model_versions(f"run_id = '{run_id}'"))
     tracker = start(life.run_dir, database, first_step=600)
     assert tracker.run_id == run_id
     tracker.log_params({"section.key_1": 1, "section.key_2": 7, "new": 1})
@@ -338,7 +439,7 @@ def test_a_resumed_run_goes_on_and_a_killed_sender_costs_and_doubles_nothing(
     expected = [(1 if step <= 600 else 2) / (step + 1) for step in range(4000)]
     assert [newest[step].value for step in range(4000)] == expected
     assert history(database, run_id, "norm") == [(step, step) for step in range(500, 4000)]
-    assert len(client(database).search_model_versions(f"run_id = '{run_id}'")) == 2
+    assert len(client(database).search_model_versions(f"run_id = '{run_id}'")) == versions >= 2
     run = client(database).get_run(run_id)
     same = f"tags.`seer_scale.spool` = '{run.data.tags['seer_scale.spool']}'"
     assert len(client(database).search_runs([run.info.experiment_id], same)) == 1
@@ -356,6 +457,166 @@ def test_a_resumed_run_goes_on_and_a_killed_sender_costs_and_doubles_nothing(
     assert client(database).get_run(run_id).info.status == "FINISHED"
     losses = history(database, run_id, "loss")
     assert [step for step, _ in losses] == [*attempts, 4000, 4001]
+
+
+def unsent(run_dir: Path, uri: str) -> Tracker:
+    """A run that nobody sends yet."""
+    tracker = Tracker(run_dir)
+    names = {"experiment": "tests", "registered_name": "unsent", "run_name": run_dir.name}
+    settings = {"id": run_dir.name, "uri": uri, "system_metrics": False, **names}
+    write_json(tracker.folder / SETTINGS, settings)
+    tracker.start(run_dir.name)
+    return tracker
+
+
+def test_a_model_arrives_although_its_checkpoint_is_deleted_before_it_is_sent(
+    database: str, folder: Path
+) -> None:
+    tracker, trunk = unsent(folder / "pruned", database), build_trunk("regnety_debug")
+    checkpoint = tracker.run_dir / "checkpoints" / "step_00000005"
+    export_trunk(trunk, checkpoint / "trunk", trunk="regnety_debug", step=5)
+    tracker.log_model(checkpoint / "trunk", step=5, aliases=["best"])
+    shutil.rmtree(checkpoint)
+    tracker.close()
+    outcome = sender.sync(tracker.run_dir)
+    assert (outcome.left, outcome.rejected) == (0, 0)
+    arrived = load("models:/unsent@best", tracking_uri=database).state_dict()
+    expected = trunk.state_dict()
+    assert arrived.keys() == expected.keys()
+    assert all(torch.equal(arrived[name], value) for name, value in expected.items())
+    assert not list((tracker.folder / "models").glob("*"))  # nothing waits any more
+
+
+def test_sync_ends_with_1_while_events_of_any_run_are_left(
+    database: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(sender, "SYNC_ATTEMPTS", 1)
+    away = unsent(folder / "away", f"http://127.0.0.1:{free_port()}")
+    there = unsent(folder / "there", database)
+    for tracker in (away, there):
+        tracker.close()
+    assert sync.main([str(away.run_dir), str(there.run_dir)]) == 1
+    said = capsys.readouterr()
+    assert f"{away.run_dir}: 0 events sent, 2 left, run not created\n" in said.out
+    assert f"{there.run_dir}: 2 events sent, 0 left, run " in said.out
+    assert said.err.startswith(f"error: {away.run_dir} is not all sent: ")
+    assert sync.main([str(there.run_dir)]) == 0
+
+
+def test_what_is_refused_for_good_is_counted_and_never_called_nothing_left(
+    database: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name of before, when names were not checked at the start: the registry refuses it."""
+    tracker = unsent(folder / "refused", database)
+    settings = json.loads((tracker.folder / SETTINGS).read_text())
+    write_json(tracker.folder / SETTINGS, {**settings, "registered_name": "team/seer"})
+    exported = tracker.run_dir / "trunk"
+    export_trunk(build_trunk("regnety_debug"), exported, trunk="regnety_debug", step=5)
+    tracker.log_model(exported, step=5)
+    tracker.log_metrics({"loss": 0.5}, 5)
+    assert tracker.refused() is None
+    tracker.close()
+    for again in range(2):
+        assert sync.main([str(tracker.run_dir)]) == 1
+        said = capsys.readouterr()
+        run_id = tracker.run_id
+        sent = 0 if again else 3
+        line = f"{tracker.run_dir}: {sent} events sent, 1 refused, run {run_id}\n"
+        assert said.out == line
+        assert said.err == f"error: {tracker.run_dir}: {tracker.refused()}\n"
+    assert tracker.refused() is not None
+    assert "refused 1 record of this run for good (the last: " in str(tracker.refused())
+    assert "Names cannot contain" in str(tracker.refused())
+    assert str(tracker.folder / "rejected.jsonl") in str(tracker.refused())
+    # Another server has refused nothing.
+    assert run_id is not None
+    elsewhere = f"sqlite:///{folder}/elsewhere.db"
+    write_json(tracker.folder / SETTINGS, settings)
+    assert sync.main([str(tracker.run_dir), "--uri", elsewhere]) == 0
+    assert "4 events sent, 0 left" in capsys.readouterr().out
+
+
+def test_a_count_of_refusals_that_an_older_sender_did_not_write(tmp_path: Path) -> None:
+    from seer_scale.tracking.refusals import count_refusals, refusals
+
+    (tmp_path / "rejected.jsonl").write_text('{"offset": 1, "reason": "r", "event": {}}\n' * 3)
+    assert count_refusals({"offset": 9}, tmp_path) == 3
+    assert count_refusals({"offset": 9, "rejected": 1}, tmp_path) == 1
+    assert count_refusals({"offset": 0}, tmp_path) == 0
+    assert refusals({"offset": 0}, tmp_path) is None
+    (tmp_path / "rejected.jsonl").unlink()
+    assert "(the last: not known)" in str(refusals({"offset": 9, "rejected": 1}, tmp_path))
+
+
+def test_the_names_that_a_registry_refuses_are_those_refused_at_the_start(database: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    from seer_scale.config.mlflow_names import name_problem, plain_name
+
+    names = ["team/seer", "a:b", ".", "..", " ", "/", "a//b", "/a", "a/", "https://x", "a/../b"]
+    names += [
+        "seer",
+        "seer demo",
+        "a.b.c",
+        "é",
+        "a@b",
+        "a#b?c%20",
+        "...",
+        "..a",
+        ".a",
+        "a.",
+        " a ",
+        "-",
+    ]
+    for name in names:
+        try:
+            client(database).create_registered_model(name)
+        except MlflowException:
+            assert name_problem(name), name
+        else:
+            assert name_problem(name) is None, name
+        assert name_problem(plain_name(name)) is None, name
+
+
+def test_a_deleted_experiment_is_said_and_what_it_missed_arrives_once_it_is_restored(
+    database: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run that finds its experiment deleted, and one whose experiment is deleted meanwhile."""
+    from seer_scale.doctor.tracking import check_experiment
+
+    monkeypatch.setattr(sender, "SYNC_ATTEMPTS", 1)
+    registry = client(database)
+    number = registry.create_experiment("deleted")
+    meanwhile, late = (unsent(folder / name, database) for name in ("meanwhile", "late"))
+    for tracker in (meanwhile, late):
+        settings = json.loads((tracker.folder / SETTINGS).read_text())
+        write_json(tracker.folder / SETTINGS, {**settings, "experiment": "deleted"})
+    assert sender.sync(meanwhile.run_dir).left == 0
+    assert [one.status for one in check_experiment(database, "deleted")] == ["ok"]
+    registry.delete_experiment(number)
+    (found,) = check_experiment(database, "deleted")
+    assert found.status == "warn"
+    restore = f"mlflow experiments restore --experiment-id {number}"
+    assert restore in found.advice
+    for tracker in (meanwhile, late):
+        tracker.log_metrics({"loss": 0.5}, 1)
+        tracker.close()
+        assert sync.main([str(tracker.run_dir)]) == 1
+        said = capsys.readouterr()
+        assert "0 left" not in said.out
+        assert restore in said.err
+        assert restore in str(tracker.problem())
+    registry.restore_experiment(number)
+    for tracker in (meanwhile, late):
+        outcome = sender.sync(tracker.run_dir)
+        assert (outcome.left, outcome.rejected) == (0, 0)
+        assert outcome.run_id is not None
+        assert history(database, outcome.run_id, "loss") == [(1, 0.5)]
+        assert tracker.problem() is None
 
 
 def test_a_training_process_killed_in_mid_run_leaves_a_run_that_says_so(
@@ -389,7 +650,7 @@ def test_a_server_that_accepts_and_never_answers_slows_nothing(
         assert durations(tracker, range(500)) < 5e-3
         pid = holder(tracker.folder)
         assert pid
-        for signal_of_a_launcher in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signal_of_a_launcher in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             os.kill(pid, signal_of_a_launcher)
         log = tracker.folder / "sender.log"
         until(lambda: "not sent, next attempt" in log.read_text())
@@ -401,7 +662,7 @@ def test_a_server_that_accepts_and_never_answers_slows_nothing(
     assert tracker.run_id is None
     monkeypatch.setattr(sender, "SYNC_ATTEMPTS", 1)
     outcome = sender.sync(tracker.run_dir)  # the socket is gone: connections are refused now
-    assert (outcome.sent, outcome.left) == (0, 1003)
+    assert (outcome.sent, outcome.left) == (0, 1004)
     assert outcome.reason
 
 
@@ -527,7 +788,7 @@ def test_a_dead_server_delays_nothing_and_sync_takes_over_once_it_is_back(folder
         awake = threading.Timer(1.0, os.kill, (follower, signal.SIGCONT))
         awake.start()
         outcome = sender.sync(run_dir)
-        assert (outcome.sent, outcome.left) == (4, 0)
+        assert (outcome.sent, outcome.left) == (5, 0)
         assert outcome.run_id is not None
         assert history(uri, outcome.run_id, "loss") == [(1, 0.5)]
         assert client(uri).get_run(outcome.run_id).info.status == "FINISHED"
@@ -540,9 +801,9 @@ def test_a_dead_server_delays_nothing_and_sync_takes_over_once_it_is_back(folder
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (["nowhere"], 1, "nowhere is no folder of a tracked run"),
+        (["nowhere"], 1, "nowhere is not the folder of a tracked run"),
         ([], 2, "RUN_DIR"),
-        (["--help"], 0, "Exits with 0 when nothing is left to send"),
+        (["--help"], 0, "Exits with 0 when MLflow has everything"),
     ],
 )
 def test_sync_says_what_is_wrong(arguments: list[str], status: int, sentence: str) -> None:

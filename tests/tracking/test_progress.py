@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import termios
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from io import StringIO
@@ -11,7 +12,6 @@ from typing import TextIO
 
 import pytest
 
-from seer_scale.tracking import progress
 from seer_scale.tracking.progress import Progress
 
 METRICS = {"loss": 2.71828, "lr": 0.125, "images_per_second": 12.34, "peak_memory_gib": 1.5}
@@ -21,7 +21,7 @@ METRICS = {"loss": 2.71828, "lr": 0.125, "images_per_second": 12.34, "peak_memor
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the display believes in; set its one element."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -59,6 +59,31 @@ def test_eta_is_the_time_per_step_so_far_times_what_is_left(
     clock[0] += seconds
     display.update(1, METRICS)
     assert stream.getvalue().endswith(f"ETA {eta}\n")
+
+
+def test_eta_of_a_resumed_run_counts_its_own_steps_only(clock: list[float]) -> None:
+    stream = StringIO()
+    display = Progress(100, 80, stream)
+    clock[0] += 40
+    display.update(84, METRICS)  # 10 s for each of 4 steps, and 16 are left
+    assert stream.getvalue().endswith("ETA 0:02:40\n")
+
+
+def test_rate_and_eta_are_those_of_the_last_twenty_steps(clock: list[float]) -> None:
+    """The first steps, which are slow, are forgotten; one slow step hardly shows."""
+    stream = StringIO()
+    display = Progress(100, 0, stream)
+    for step in range(1, 61):
+        slow = step <= 40
+        clock[0] += 10.0 if slow else 2.0
+        speed = 1.0 if slow else (20.0 if step % 2 else 5.0)
+        display.update(step, {**METRICS, "images_per_second": speed})
+    clock[0] += 20.0
+    display.update(61, {**METRICS, "images_per_second": 5.0})
+    last = stream.getvalue().splitlines()[-1]
+    # Of steps 42 to 61: 9 at 1/20 s an image and 11 at 1/5 s; 19 x 2 s and one of 20 s.
+    assert f"  {20 / (9 / 20 + 11 / 5):.1f} img/s  " in last
+    assert last.endswith(f"ETA 0:01:{int((19 * 2 + 20) / 20 * 39) - 60:02d}\n".strip())
 
 
 def test_a_line_in_between_is_said_as_it_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,34 @@ def test_a_curve_needs_no_metric_of_the_objective(tmp_path: Path) -> None:
         records.metrics(1, {"loss": 1.0, "lr": 0.1})
         records.metrics(2, {"loss": 1.0, "lr": 0.1, "images_per_second": 3.0})
     assert draw_curve(tmp_path) == tmp_path / "curve.png"
+
+
+def test_the_training_does_not_wait_for_the_curve(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 steps, whose lines take 0.4 s to read; drawn once, by another process.
+
+    That process finds this package wherever it starts, and no file of that folder in its place.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "matplotlib.py").write_text("raise ImportError")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    lines = "".join(json.dumps({"step": s, **metrics(s)}) + "\n" for s in range(1, 20_001))
+    records = Records(tmp_path, first_step=0, log_samples=False)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    worked = time.thread_time()
+    for _ in range(20):
+        records.draw_curve()
+    assert time.thread_time() - worked < 0.1
+    assert not (tmp_path / "curve.png").exists()
+    drawing = records._drawing
+    assert drawing is not None
+    assert drawing.wait(timeout=500) == 0
+    with Image.open(tmp_path / "curve.png") as curve:
+        curve.load()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "metrics.jsonl"]
+    records.close()
 
 
 def test_without_a_step_there_is_no_curve(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.locks import RULES, environment_with
 from seer_scale.tracking import NullTracker, Tracker
 from seer_scale.tracking.lock import SenderLock, holder, is_written
 from seer_scale.tracking.spool import RETRY_S, SPOOL, read_events, write_json
@@ -27,12 +28,14 @@ def test_every_verb_is_one_readable_line(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run")
     tracker.start("name")
     tracker.log_params({"lr": 0.1, "uri": "http://u:p@host"})
-    tracker.log_metrics({"loss": torch.tensor(2.5), "norm": np.float32(0.5), "n": 3}, 7)
+    metrics: dict[str, Any] = {"loss": torch.tensor(2.5), "norm": np.float32(0.5), "n": 3}
+    tracker.log_metrics(metrics, 7)
     tracker.log_artifact(tmp_path / "run" / "curve.png", "plots")
     tracker.log_artifact("/elsewhere/file")
-    tracker.log_model(
-        tmp_path / "run" / "a" / "trunk", step=7, tags={"loss": 2.5}, aliases=["best"]
-    )
+    with pytest.warns(UserWarning, match="may be gone before it is sent"):
+        tracker.log_model(
+            tmp_path / "run" / "a" / "trunk", step=7, tags={"loss": 2.5}, aliases=["best"]
+        )
     tracker.set_tags({"x": 1})
     tracker.finish("FAILED")
     written = events(tracker)
@@ -127,7 +130,7 @@ def test_close_does_not_wait_for_a_sender_that_is_not_there(tmp_path: Path) -> N
 def test_nothing_waits_for_a_server_that_has_failed_since_the_start(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     write_json(tracker.folder / "settings.json", {"uri": "http://a"})
-    failing = {"uri": "http://a", "time": int(time.time() * 1000) + 1}
+    failing: dict[str, Any] = {"uri": "http://a", "time": int(time.time() * 1000) + 1}
 
     def waited(mark: dict[str, Any]) -> bool:
         write_json(tracker.folder / "failing.json", mark)
@@ -173,7 +176,35 @@ def test_the_lock_excludes_and_dies_with_its_process(tmp_path: Path) -> None:
         other.kill()
         other.wait()
         assert holder(tmp_path) is None
-        assert SenderLock(tmp_path).acquire()
+        lock = SenderLock(tmp_path)
+        assert lock.acquire()
+        assert lock.acquire()  # a sender that has it and asks again goes on
+        lock.release()
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from seer_scale.storage.ownership import owned
+from seer_scale.tracking.lock import SenderLock, holder, is_written
+from seer_scale.tracking.spool import SPOOL, Tracker
+with owned(Path(sys.argv[1]), "run.dir=x", say=lambda text: None):
+    tracker = Tracker(sys.argv[1])
+    spool = tracker.folder / SPOOL
+    lock, other = SenderLock(tracker.folder), SenderLock(tracker.folder)
+    found = [is_written(spool), holder(tracker.folder), lock.acquire(), other.acquire()]
+    found += [holder(tracker.folder) == os.getpid()]
+    lock.release()
+    tracker.close()
+print(found + [is_written(spool), holder(tracker.folder)])
+"""
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_locks_and_with_nfs_s_rule_all_of_this_holds_too(tmp_path: Path, rule: str) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    said = subprocess.check_output(command, env=environment_with(rule), text=True)
+    assert said.strip() == str([True, None, True, False, True, False, None])
 
 
 def test_the_null_tracker_has_every_verb_and_no_effect(tmp_path: Path) -> None:

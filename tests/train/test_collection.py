@@ -1,4 +1,4 @@
-"""Refreshes of the collection in mid-run, and runs that are resumed around them."""
+"""Refreshes of the collection during a run, and runs that are resumed around a refresh."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from typing import Any
 import pytest
 
 from harness.jobs import arguments, lines, run_job, write_images
+from harness.pool import Distributed
 from seer_scale.data import open_source
-from seer_scale.errors import DataError
-from seer_scale.train.bad_samples import WINDOW, BadSamples
+from seer_scale.distributed.ports import free_port
 from seer_scale.train.collection import Collection
-
-Distributed = Callable[..., list[Any]]
 
 STEPS, EVERY, SWAP_BEFORE = 20, 4, 12
 COMMON = [
@@ -33,7 +31,7 @@ COMMON = [
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven tars of five images each."""
+    """Writes seven tars of five images each."""
     folder = tmp_path_factory.mktemp("shards")
     images = sorted(write_images(folder / "images", 35).rglob("*.jpg"))
     for number in range(7):
@@ -60,17 +58,17 @@ def write_manifest(path: Path, shards: Path, numbers: list[int], age_days: float
 
 
 @contextmanager
-def when_step(run_dir: Path, step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Does something in a thread once the run has done a step."""
+def when_step(run_dir: Path, step: int, act: Callable[[], object]) -> Iterator[None]:
+    """Calls `act` in a thread once the run has done `step` steps."""
 
     def watch() -> None:
         deadline = time.monotonic() + 120
         samples = run_dir / "samples.jsonl"
         while time.monotonic() < deadline:
             if samples.exists() and samples.read_text().count("\n") >= step:
-                return act()
+                act()
+                return
             time.sleep(0.002)
-        return None
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -79,7 +77,7 @@ def when_step(run_dir: Path, step: int, act: Callable[[], None]) -> Iterator[Non
 
 
 def turn_back(run_dir: Path, copy: Path, step: int) -> None:
-    """A copy of a run as it was killed some time after `step` was saved."""
+    """Copies a run as it would be if killed some time after `step` was saved."""
     shutil.copytree(run_dir, copy)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
         if int(checkpoint.name[5:]) > step:
@@ -96,7 +94,7 @@ def ids(run_dir: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def refreshed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Any:
-    """A run of whose manifest a new version appears in the middle, made once."""
+    """Returns folder and shards of a run whose manifest changes halfway; see `make_run`."""
     return tmp_path_factory.mktemp("refreshed"), shards
 
 
@@ -111,6 +109,7 @@ def make_run(distributed: Distributed, folder: Path, shards: Path) -> tuple[Path
     return run_dir, argv
 
 
+@pytest.mark.long
 def test_the_switch_is_at_one_sample_and_recorded(
     distributed: Distributed, refreshed: tuple[Path, Path]
 ) -> None:
@@ -123,7 +122,7 @@ def test_the_switch_is_at_one_sample_and_recorded(
     assert versions[2] != versions[3]
     assert [reading["images"] for reading in readings] == [20] * 3 + [25] * 3
     before, after = flat(ids(run_dir)[:12]), flat(ids(run_dir)[12:])
-    # whole epochs of the old collection, then whole ones of the new
+    # whole epochs of the old collection, then whole epochs of the new one
     assert sorted(before[:20]) == sorted(before[20:40]) == list(range(20))
     assert sorted(after[:25]) == sorted(after[25:50]) == list(range(25))
     state = [
@@ -133,11 +132,12 @@ def test_the_switch_is_at_one_sample_and_recorded(
     assert [s["state"]["collection"]["origin"] for s in state] == [0, 96]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [5, 10, 15])
 def test_a_resumed_run_takes_the_same_turns(
     distributed: Distributed, refreshed: tuple[Path, Path], tmp_path: Path, step: int
 ) -> None:
-    """Resumed before the switch and after it, although the manifest has changed since."""
+    """A run resumes before and after the switch, although the manifest has changed since."""
     run_dir, _ = make_run(distributed, *refreshed)
     manifest, copy = refreshed[0] / "shards.jsonl", tmp_path / "copy"
     turn_back(run_dir, copy, step)
@@ -159,6 +159,7 @@ def test_a_manifest_that_cannot_be_read_keeps_the_present_one(
     assert len(ids(run_dir)) == STEPS
 
 
+@pytest.mark.long
 def test_old_shards_leave(distributed: Distributed, shards: Path, tmp_path: Path) -> None:
     manifest, run_dir = tmp_path / "shards.jsonl", tmp_path / "run"
     write_manifest(manifest, shards, [0, 1], age_days=91)
@@ -175,9 +176,29 @@ def test_old_shards_leave(distributed: Distributed, shards: Path, tmp_path: Path
         distributed(run_job, 1, arguments(manifest, tmp_path / "none", *COMMON))
 
 
+@pytest.mark.long
+def test_mlflow_is_told_which_images_are_in_use(
+    distributed: Distributed, shards: Path, tmp_path: Path
+) -> None:
+    """Of a manifest whose first three shards are too old, those of the other four."""
+    manifest, run_dir = tmp_path / "shards.jsonl", tmp_path / "run"
+    write_manifest(manifest, shards, [0, 1, 2], age_days=40)
+    old = manifest.read_text()
+    write_manifest(manifest, shards, [3, 4, 5, 6])
+    manifest.write_text(old + manifest.read_text())
+    nowhere = f"tracking.uri=http://127.0.0.1:{free_port()}"
+    keys = ("data.refresh=every 9 steps", "data.max_age_days=30", "train.steps=1")
+    distributed(run_job, 1, arguments(manifest, run_dir, nowhere, *keys))
+    events = lines(run_dir, "tracking/spool.jsonl")
+    (found,) = [event["dataset"] for event in events if event["kind"] == "dataset"]
+    (in_use, *_) = lines(run_dir, "refreshes.jsonl")
+    assert found["images"] == 4 * 5
+    assert found["digest"] == in_use["version"] != open_source(str(manifest)).version
+
+
 def test_a_refresh_needs_a_manifest(distributed: Distributed, shards: Path, tmp_path: Path) -> None:
     argv = arguments(shards / "{0..3}.tar", tmp_path / "run", *COMMON)
-    with pytest.raises(AssertionError, match="is no manifest of shards"):
+    with pytest.raises(AssertionError, match="is not a manifest of shards"):
         distributed(run_job, 1, argv)
 
 
@@ -194,6 +215,7 @@ def test_a_lost_version_is_named(
         distributed(run_job, 1, argv)
 
 
+@pytest.mark.long
 def test_other_images_than_saved_begin_a_new_epoch(
     distributed: Distributed, tmp_path: Path
 ) -> None:
@@ -205,23 +227,9 @@ def test_other_images_than_saved_begin_a_new_epoch(
     assert sorted(flat(ids(run_dir)[4:])[:26]) == list(range(26))
 
 
-def test_too_many_bad_images_end_the_run() -> None:
-    watch = BadSamples(0.1)
-    watch.count(["truncated"] * 30 + ["zero bytes"] * 80)
-    for _ in range(9):
-        watch.observe(100, 20)  # too many, but of too few images to say so
-    with pytest.raises(DataError, match="200 of the last 1200 images cannot be used") as caught:
-        watch.observe(WINDOW - 900, 20)
-    assert "80 x zero bytes, 30 x truncated" in str(caught.value)
-    calm = BadSamples(0.1)
-    for _ in range(100):
-        calm.observe(100, 11)  # 11 of 111
-    with pytest.raises(DataError):
-        calm.observe(100, 200)
-
-
 def test_hours_are_counted_from_the_last_reading(shards: Path, tmp_path: Path) -> None:
-    manifest, said = tmp_path / "shards.jsonl", []
+    manifest = tmp_path / "shards.jsonl"
+    said: list[str] = []
     write_manifest(manifest, shards, [0, 1])
     collection = Collection(
         open_source(manifest),

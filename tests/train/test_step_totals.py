@@ -1,20 +1,15 @@
-"""What ranks tell each other at the end of a step: means, work, and who was asked for what."""
+"""Totals of a step that ranks exchange: means, work, and wishes to stop or refresh."""
 
 from __future__ import annotations
-
-import os
-import signal
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
+from harness.pool import Distributed
 from seer_scale import distributed as ranks
 from seer_scale.train.step_totals import StepTotals, Totals
-from seer_scale.train.stopping import Stop, StopSignals
+from seer_scale.train.stopping import Stop
 
-Distributed = Callable[..., list[Any]]
 CPU = torch.device("cpu")
 
 
@@ -49,19 +44,3 @@ def test_they_are_the_same_on_every_rank(
     assert one.means == {"loss": 5.5, "constant": 3.0}  # of 0, 1, 10 and 11
     assert (one.bad, one.work, one.stop, one.refresh) == (1, [0.5, 1.5], expected, True)
     assert one.grad_norm == 0.1  # nothing of its float64 is lost on the way
-
-
-@pytest.mark.parametrize(
-    ("number", "wish"),
-    [(signal.SIGINT, Stop.DONE), (signal.SIGTERM, Stop.REQUEUE), (signal.SIGUSR1, Stop.REQUEUE)],
-)
-def test_a_signal_is_remembered_and_handlers_are_given_back(number: int, wish: Stop) -> None:
-    before = signal.getsignal(number)
-    signals = StopSignals()
-    try:
-        assert signals.wish is Stop.NO
-        os.kill(os.getpid(), number)
-        assert signals.wish is wish
-    finally:
-        signals.close()
-    assert signal.getsignal(number) is before

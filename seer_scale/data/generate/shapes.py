@@ -1,19 +1,19 @@
-"""Rendered shapes: a labelled set for whoever has no other, whose classes are nothing but shape.
+"""Rendered shapes: a labelled set whose classes differ in nothing but shape.
 
-An image shows some shapes of one class, dark on a light ground. Colour, number, scale, place, angle
-and background are drawn without a look at the class, and so is the area of a figure; wide figures
-find less room, so that how dark an image is tells the class a little (tests say how much).
-Colours differ within an image as they do between images: what distant parts of one have in common
-is the class, which is what a method that makes crops of an image agree can learn here. (With dark
-and light shapes mixed all crops look alike to an untrained trunk, and SwAV stays at ln K.)
+An image shows several shapes of one class, dark on a light background. Colour, number, scale,
+place, angle, area and background do not depend on the class. Wide shapes find less room, so the
+darkness of an image still tells the class a little; a test says how much.
+
+Colours vary within an image as much as between images. Distant parts of one image therefore share
+only the class, and a method that makes crops of an image agree can learn the class. (If dark and
+light shapes were mixed, an untrained trunk could not tell crops apart, and SwAV's loss would stay
+at ln K for K prototypes.)
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,24 +21,25 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from seer_scale.data.generate.folder import complete_folder
 from seer_scale.errors import DataError
 
 Points = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-_SUBPIXEL = 4  # bits of a pixel that OpenCV's coordinates may have behind the point
-_GRID = 512
-_AREA = (0.05, 0.1)  # of the image, for one shape
-_COUNT = (4, 7)
-_PATCHES = 3  # of the ground, along a side
-_GROUND = (130.0, 255.0)  # of its colours, so that shapes stand out
-_DARK = 90.0  # the most that a shape has of red, green or blue
-_TILT = 0.35  # radians to either side
-_NOISE = 6.0
+_SUBPIXEL = 4  # fractional bits of OpenCV's coordinates
+_GRID = 512  # side of the grid on which areas are counted
+_AREA = (0.05, 0.1)  # share of the image that one shape covers
+_COUNT = (4, 7)  # shapes in an image
+_PATCHES = 3  # colour patches of the background along a side
+_GROUND = (130.0, 255.0)  # range of the background's colours, so that shapes stand out
+_DARK = 90.0  # most red, green or blue of a shape
+_TILT = 0.35  # largest rotation to either side, in radians
+_NOISE = 6.0  # standard deviation of the noise on every pixel
 
 
 def _polygon(corners: int, *, inner: float = 1.0) -> Points:
-    """Corners on the unit circle; every second one at `inner` of the radius."""
+    """Returns corners on the unit circle; every second one is at `inner` of the radius."""
     angles = np.arange(corners) * 2 * math.pi / corners - math.pi / 2
     radii = np.where(np.arange(corners) % 2, inner, 1.0)
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
@@ -50,7 +51,7 @@ def _ellipse(aspect: float, start: float = 0.0, end: float = 2 * math.pi) -> Poi
 
 
 def _bars(*boxes: tuple[float, float, float, float]) -> list[Points]:
-    """Rectangles as (left, top, right, bottom)."""
+    """Returns rectangles given as (left, top, right, bottom)."""
     return [
         np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
         for left, top, right, bottom in boxes
@@ -73,8 +74,8 @@ def _checks(count: int) -> list[Points]:
     )
 
 
-# Outlines by class, each filled; where two overlap an even number of times there is a hole. All
-# are their own mirror images, since augmentation flips.
+# Filled outlines by class; an even number of overlapping outlines makes a hole. Every shape is its
+# own mirror image, because the augmentation flips images.
 SHAPES: dict[str, Callable[[], list[Points]]] = {
     "checks": lambda: _checks(5),
     "disc": lambda: [_ellipse(1.0)],
@@ -106,23 +107,23 @@ def write_shapes(
     size: int = 96,
     seed: int = 0,
 ) -> Path:
-    """Writes `train/CLASS/*.png` and `val/CLASS/*.png` below `folder`, as `open_labelled` takes it.
+    """Writes `train/CLASS/*.png` and `val/CLASS/*.png` below `folder`, for `open_labelled`.
 
     The same settings give the same pixels. The folder appears complete or not at all.
 
     Args:
-        folder: has to be missing or empty.
-        train: images of the training part, spread evenly over the classes.
-        val: images of the validation part.
+        folder: a folder that is missing or empty.
+        train: training images, spread evenly over the classes.
+        val: validation images, spread evenly over the classes.
         size: side of an image in pixels.
-        seed: of everything that is drawn.
+        seed: seed of everything that is drawn.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: fewer images than classes in a part, a folder that holds something, or one that
-            cannot be written.
+        DataError: a part has fewer images than classes, or the folder is not empty or cannot be
+            written.
     """
     target = Path(folder)
     if min(train, val) < len(SHAPES):
@@ -131,23 +132,10 @@ def write_shapes(
             f"{len(SHAPES)} classes"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} holds something already: name a new folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise DataError(f"shapes cannot be written to {target}: {error}") from error
-    try:
+        raise DataError(f"{target} is not empty: name a new folder")
+    with complete_folder(target, "shapes") as unfinished:
         for number, (part, count) in enumerate((("train", train), ("val", val))):
             _write_part(unfinished / part, count, size=size, seed=(seed, number))
-        unfinished.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
-    except OSError as error:
-        raise DataError(f"shapes cannot be written to {target}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
@@ -164,15 +152,15 @@ def _write_part(folder: Path, count: int, *, size: int, seed: tuple[int, int]) -
 
 
 def render(name: str, rng: np.random.Generator, size: int) -> Pixels:
-    """One image uint8 `[size, size, 3]`, RGB, of the class `name` of `SHAPES`."""
+    """Renders an RGB image uint8 [size, size, 3] of the class `name` of `SHAPES`."""
     canvas = _background(rng, size)
     wanted = int(rng.integers(_COUNT[0], _COUNT[1] + 1))
     placed: list[tuple[float, float, float]] = []
-    for _ in range(4 * wanted):  # some attempts fall on others
+    for _ in range(4 * wanted):  # some attempts overlap with earlier shapes
         area = rng.uniform(*_AREA) * size**2
         outlines = _placed(SHAPES[name](), area, rng.uniform(-_TILT, _TILT))
         radius = float(max(np.hypot(points[:, 0], points[:, 1]).max() for points in outlines))
-        margin = min(0.9 * radius, size / 2)  # the edge cuts a little off some
+        margin = min(0.9 * radius, size / 2)  # the edge cuts off a little of some
         x, y = rng.uniform(margin, size - margin, 2)
         if any(math.hypot(x - a, y - b) < 0.9 * (radius + r) for a, b, r in placed):
             continue
@@ -185,14 +173,14 @@ def render(name: str, rng: np.random.Generator, size: int) -> Pixels:
 
 
 def _placed(outlines: list[Points], area: float, angle: float) -> list[Points]:
-    """Turned, and scaled so that what is filled covers `area` pixels, whatever the class."""
+    """Rotates outlines, and scales them so that the filled shape covers `area` pixels."""
     scale = math.sqrt(area / _filled(outlines))
     cos, sin = math.cos(angle), math.sin(angle)
     return [points @ np.array([[cos, sin], [-sin, cos]]) * scale for points in outlines]
 
 
 def _filled(outlines: list[Points]) -> float:
-    """The area between the outlines, counted on a fine grid: holes in holes are simple there."""
+    """Returns the filled area, counted on a fine grid, where holes within holes are easy."""
     grid = np.zeros((_GRID, _GRID), dtype=np.uint8)
     unit = _GRID / 2 - 1  # pixels
     fine = [np.round((points + 1) * unit).astype(np.int32) for points in outlines]
@@ -201,14 +189,14 @@ def _filled(outlines: list[Points]) -> float:
 
 
 def _background(rng: np.random.Generator, size: int) -> Pixels:
-    """Soft patches of many colours, as unlike each other in one image as in two."""
+    """Draws soft patches of colours that vary as much within an image as between images."""
     patches = rng.uniform(*_GROUND, (_PATCHES, _PATCHES, 3))
     ground = cv2.resize(patches, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.asarray(ground.clip(0, 255), dtype=np.uint8)
 
 
 def _draw(canvas: Pixels, outlines: list[Points], rng: np.random.Generator) -> None:
-    """Fills the outlines with a dark colour."""
+    """Fills the outlines with a random dark colour."""
     scaled = [np.round(points * 2**_SUBPIXEL).astype(np.int32) for points in outlines]
     mask = np.zeros(canvas.shape[:2], dtype=np.uint8)
     cv2.fillPoly(mask, scaled, 255, cv2.LINE_AA, _SUBPIXEL)

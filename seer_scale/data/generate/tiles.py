@@ -1,8 +1,8 @@
-"""Real training data without a download: tiles of photographs that two packages carry.
+"""Real training data without a download: tiles of photographs from two Python packages.
 
-scikit-image and scikit-learn hold photographs in their wheels. Tiles are cut at random places and
+The wheels of scikit-image and scikit-learn contain photographs. Tiles are cut at random places and
 scales; the label of a tile is its photograph. Training tiles come from the left part of each
-photograph and query tiles from the rest, so that no pixel of a query was ever seen.
+photograph and query tiles from the rest, so that training never sees a pixel of a query.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import io
 import json
 import math
 import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from seer_scale.data.generate.folder import complete_folder
 from seer_scale.errors import DataError
 
 PHOTOGRAPHS = (
@@ -41,7 +40,7 @@ PHOTOGRAPHS = (
     ("sklearn", "datasets/images/china.jpg"),
     ("sklearn", "datasets/images/flower.jpg"),
 )
-"""Package and file in it; the position is the label."""
+"""Package and file of each photograph, in the order of the labels."""
 
 TRAIN_SHARE = 0.6
 TILE_SIDES = (64, 384)
@@ -49,12 +48,18 @@ _SETTINGS_FILE = "tiles.json"
 _SHARD_TILES = 1000
 
 Region = tuple[int, int, int, int]
-"""Left, top, right, bottom."""
+"""Left, top, right and bottom in pixels."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Folders of shards, each a `data.path`: for pretraining, for a kNN's bank, and its queries."""
+    """Folders of shards, each usable as `data.path`.
+
+    Attributes:
+        train: tiles for pretraining.
+        knn_train: labelled tiles for the bank of a k-NN classifier.
+        knn_test: labelled tiles that are its queries.
+    """
 
     train: Path
     knn_train: Path
@@ -63,7 +68,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the bytes of the tiles follow from."""
+    """All settings that decide the bytes of the tiles."""
 
     train_per_photograph: int
     bank_per_photograph: int
@@ -82,20 +87,21 @@ def write_tiles(
     size: int = 96,
     seed: int = 0,
 ) -> Tiles:
-    """Writes `train/`, `knn_train/` and `knn_test/` shards of JPEG tiles below `folder`, once.
+    """Writes shards of JPEG tiles to `train/`, `knn_train/` and `knn_test/` below `folder`, once.
 
-    The folder appears complete or not at all; one that is complete is left as it is.
+    The folder appears complete or not at all. A second call with the same settings writes nothing.
 
     Args:
-        folder: has to be missing, or written by an earlier call with the same settings.
-        train_per_photograph: unlabelled use; tiles from the left part of each photograph.
-        bank_per_photograph: labelled tiles from the same part.
-        queries_per_photograph: labelled tiles from the right part.
+        folder: a folder that is missing, or was written by a call with the same settings.
+        train_per_photograph: training tiles from the left part of each photograph.
+        bank_per_photograph: tiles for the k-NN bank, from the same part.
+        queries_per_photograph: query tiles from the right part of each photograph.
         size: side of a tile in pixels.
-        seed: of places and scales.
+        seed: seed of places and scales.
 
     Raises:
-        DataError: the folder holds something else, or cannot be written.
+        DataError: the folder holds something else or cannot be written, or the photographs are
+            not installed.
     """
     target = Path(folder)
     settings = _Settings(
@@ -106,29 +112,20 @@ def write_tiles(
         _check_written(target, settings)
         return tiles
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise DataError(f"tiles cannot be written to {target}: {error}") from error
-    try:
-        _write_all(unfinished, settings)
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(target)
-        except OSError:  # another process was faster
-            _check_written(target, settings)
-    except OSError as error:
-        raise DataError(f"tiles cannot be written to {target}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with complete_folder(target, "tiles") as unfinished:
+            _write_all(unfinished, settings)
+    except DataError:
+        if not target.exists():
+            raise
+        _check_written(target, settings)  # another process was faster
     return tiles
 
 
 def load_photographs() -> list[Image.Image]:
-    """The photographs as RGB images, in the order of their labels.
+    """Loads the photographs as RGB images, in the order of their labels.
 
     Raises:
-        DataError: scikit-image or scikit-learn is missing, or came without its photographs.
+        DataError: scikit-image, scikit-learn or one of their photographs is not installed.
     """
     images = []
     for package, name in PHOTOGRAPHS:
@@ -145,7 +142,7 @@ def load_photographs() -> list[Image.Image]:
 
 
 def regions(image: Image.Image) -> tuple[Region, Region]:
-    """Where training and query tiles may lie; they share no pixel."""
+    """Returns the regions of the training tiles and of the query tiles; they do not overlap."""
     border = round(image.width * TRAIN_SHARE)
     return (0, 0, border, image.height), (border, 0, image.width, image.height)
 
@@ -188,7 +185,7 @@ def _write_all(folder: Path, settings: _Settings) -> None:
 
 
 def _boxes(rng: np.random.Generator, region: Region, count: int) -> Iterator[Region]:
-    """Squares inside `region`, their sides uniform in the logarithm."""
+    """Yields squares inside `region`; the logarithm of their side is uniform."""
     left, top, right, bottom = region
     low, high = TILE_SIDES[0], min(TILE_SIDES[1], right - left, bottom - top)
     for _ in range(count):
@@ -206,7 +203,7 @@ def _encode(image: Image.Image, box: Region, size: int) -> bytes:
 
 
 def _write_shards(folder: Path, samples: list[dict[str, bytes]]) -> None:
-    """WebDataset shards whose bytes depend on nothing but the samples: no times, no owners."""
+    """Writes WebDataset shards whose bytes depend only on the samples: no times, no owners."""
     folder.mkdir()
     for first in range(0, len(samples), _SHARD_TILES):
         shard = folder / f"{first // _SHARD_TILES:06d}.tar"

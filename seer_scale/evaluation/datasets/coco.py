@@ -1,65 +1,66 @@
-"""COCO-format data: images with boxes, masks and categories, read and checked at once.
+"""COCO-format data: images with boxes, masks and categories, all checked when the set is opened.
 
-A set is a folder with `train` and `val` below it, and their annotations beside them: either
-`annotations/instances_train*.json` and `annotations/instances_val*.json`, or an `annotations.json`
-in each part's folder.
+A set is a folder with the image folders `train` and `val`. The annotations are either
+`annotations/instances_train*.json` and `annotations/instances_val*.json` beside them, or an
+`annotations.json` inside each image folder.
+
+The checked annotations stay in pycocotools' own `COCO` object: training reads its targets from it,
+and average precision is computed against it. torchvision's wrapped `CocoDetection` does not replace
+the reading here: it keeps crowds, empty boxes and COCO's category numbers with their gaps, needs a
+mask for every crowd, adds up box corners in float32, and has no sentence for a damaged image.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from seer_scale.data.decode import BadImage, decode
-from seer_scale.errors import DataError, UserError
+from seer_scale.errors import DataError, UserError, examples
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 _PARTS = {"train": ("train", "train2017", "train2014"), "val": ("val", "val2017", "val2014")}
 
-
-@dataclass(frozen=True)
-class Instance:
-    """One annotated object.
-
-    Attributes:
-        box: left, top, right, bottom in pixels.
-        label: from 1, in the order of the categories' ids; 0 is the background.
-        area: of the object in pixels, by which COCO tells small from large.
-        crowd: a group that is not told apart; neither trained on nor counted against.
-        mask: COCO's segmentation: polygons, or run lengths; None if there is none.
-    """
-
-    box: tuple[float, float, float, float]
-    label: int
-    area: float
-    crowd: bool
-    mask: Any
+Annotation = dict[str, Any]
+"""One object in COCO's format, with all of `bbox`, `area`, `iscrowd` and `segmentation` set."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image and its objects; `id` is COCO's."""
+    """One image and its objects.
+
+    Attributes:
+        id: COCO's number of the image.
+        path: the image file.
+        height: rows of the image, in pixels.
+        width: columns of the image, in pixels.
+        annotations: every object of the image, crowds included.
+    """
 
     id: int
     path: Path
     height: int
     width: int
-    instances: tuple[Instance, ...]
+    annotations: tuple[Annotation, ...]
 
     def read(self) -> Image.Image:
-        """The image as it was annotated: the file's rows, without EXIF's rotation.
+        """Reads the image as it was annotated: the file's rows, without EXIF's rotation.
 
         Raises:
-            DataError: if it cannot be read, or has another size than the annotations say.
+            DataError: the file cannot be read, or has another size than the annotations say.
         """
         try:
             image = decode(self.path.read_bytes())
@@ -75,67 +76,89 @@ class Picture:
         return image
 
     @property
-    def singles(self) -> list[Instance]:
-        """What is trained on: objects that are told apart, in boxes that are not empty."""
-        return [
-            instance
-            for instance in self.instances
-            if not instance.crowd
-            and instance.box[2] > instance.box[0]
-            and instance.box[3] > instance.box[1]
-        ]
+    def singles(self) -> list[Annotation]:
+        """The objects to train on: no crowds, no empty boxes."""
+        return [annotation for annotation in self.annotations if _is_single(annotation)]
 
 
 @dataclass(frozen=True)
 class CocoPart:
-    """Images of one annotation file.
+    """The images and objects of one annotation file.
 
     Attributes:
-        annotations: the file.
-        pictures: in the order of their ids.
-        categories: (COCO's id, name) of labels 1, 2, ...
+        annotations: the annotation file.
+        coco: pycocotools' object with the checked annotations.
+        pictures: the images, sorted by their ids.
+        categories: (COCO's id, name), sorted by id. A detector's label of a category is its place
+            here, counted from 1; label 0 is the background.
     """
 
     annotations: Path
+    coco: COCO
     pictures: tuple[Picture, ...]
     categories: tuple[tuple[int, str], ...]
 
     @cached_property
+    def with_objects(self) -> list[Picture]:
+        """The pictures that have an object to train on."""
+        return [picture for picture in self.pictures if picture.singles]
+
+    @cached_property
     def names(self) -> list[str]:
-        """Of labels 1, 2, ..."""
+        """Names of the categories, in the order of the labels 1, 2, ..."""
         return [name for _, name in self.categories]
+
+    @cached_property
+    def labels(self) -> dict[int, int]:
+        """Label of each category, by COCO's id."""
+        return {number: label for label, (number, _) in enumerate(self.categories, start=1)}
+
+    def masks(self, picture: Picture, annotations: Sequence[Annotation]) -> Tensor:
+        """Draws the masks uint8 [N, H, W] of N objects of a picture."""
+        masks = np.zeros((len(annotations), picture.height, picture.width), np.uint8)
+        for mask, annotation in zip(masks, annotations, strict=True):
+            mask[:] = self.coco.annToMask(annotation)
+        return torch.from_numpy(masks)
+
+
+def corners(annotation: Annotation) -> tuple[float, float, float, float]:
+    """Returns left, top, right and bottom of an object's box, in pixels."""
+    left, top, width, height = annotation["bbox"]
+    return left, top, left + width, top + height
 
 
 def open_coco(path: str, *, masks: bool) -> tuple[CocoPart, CocoPart]:
-    """The training and the validation part of a set.
+    """Opens and checks the training part and the validation part of a set.
 
     Args:
         path: folder of the set.
         masks: whether every object needs a segmentation.
 
     Raises:
-        DataError: a folder or file is missing, not readable or no COCO annotations; an image is
-            not there; a category is unknown, or differs between parts; or nothing is annotated.
+        DataError: a folder, file or image is missing; a file cannot be read or has no COCO
+            annotations; a category is unknown, or differs between the parts; or no object is
+            annotated.
+        UserError: pycocotools is not installed.
     """
     root = Path(path)
     if not root.is_dir():
         raise DataError(
-            f"--data {path} is no folder with `train`, `val` and `annotations` below it"
+            f"--data {path} is not a folder with `train`, `val` and `annotations` below it"
         )
     places = [_find(root, part) for part in _PARTS]
     train, val = (read_part(folder, file, masks=masks) for folder, file in places)
     if train.categories != val.categories:
         raise DataError(
             f"{train.annotations} and {val.annotations} have different categories: "
-            f"{_few(train.names)} and {_few(val.names)}; both need the same list"
+            f"{examples(train.names)} and {examples(val.names)}; both need the same list"
         )
-    if not any(picture.singles for picture in train.pictures):
+    if not train.with_objects:
         raise DataError(f"{train.annotations} has no objects: there is nothing to learn from")
     return train, val
 
 
 def _find(root: Path, part: str) -> tuple[Path, Path]:
-    """Folder of images and annotation file."""
+    """Returns the image folder and the annotation file of a part."""
     folders = [root / name for name in _PARTS[part] if (root / name).is_dir()]
     if not folders:
         raise DataError(f"--data {root} has no folder `{part}` below it")
@@ -150,114 +173,110 @@ def _find(root: Path, part: str) -> tuple[Path, Path]:
         )
     if len(found) > 1:
         raise DataError(
-            f"--data {root} has several annotations of `{part}` ({_few([f.name for f in found])}): "
-            "leave one"
+            f"--data {root} has several annotations of `{part}` "
+            f"({examples([f.name for f in found])}): leave one"
         )
     return folders[0], found[0]
 
 
 def read_part(folder: Path, path: Path, *, masks: bool) -> CocoPart:
-    """Reads an annotation file; `folder` is where its images are.
+    """Reads and checks the annotation file `path`; its images are in `folder`.
 
     Raises:
         DataError: as `open_coco` does.
+        UserError: pycocotools is not installed.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         images = {int(image["id"]): image for image in content["images"]}
         annotations = content["annotations"]
         categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is no COCO annotation file: {error} is missing") from None
+        raise DataError(f"{path} is not a COCO annotation file: {error} is missing") from None
     if not images:
         raise DataError(f"{path} lists no images")
-    labels = {number: label for label, (number, _) in enumerate(categories, start=1)}
-    instances: dict[int, list[Instance]] = {number: [] for number in images}
-    for annotation in annotations:
+    known = dict(categories)
+    for number, annotation in enumerate(annotations, start=1):
         try:
             where = f"{path}: annotation {annotation['id']}"
-            number, category = int(annotation["image_id"]), int(annotation["category_id"])
+            pictured, category = int(annotation["image_id"]), int(annotation["category_id"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: an annotation lacks {error}") from None
-        if number not in images:
-            raise DataError(f"{where} is of image {number}, which the file does not list")
-        if category not in labels:
+        if pictured not in images:
+            raise DataError(f"{where} is of image {pictured}, which the file does not list")
+        if category not in known:
             raise DataError(
                 f"{where} has category {category}, but the categories are "
-                f"{_few([f'{i} ({name})' for i, name in categories])}"
+                f"{examples([f'{i} ({name})' for i, name in categories])}"
             )
-        instances[number].append(_instance(annotation, labels[category], where, masks=masks))
+        # COCOeval takes the id 0 for "not matched", and an id that stands twice for one object.
+        annotation.update(id=number, image_id=pictured, category_id=category)
+        _complete(annotation, where, masks=masks)
+    for number, image in images.items():
+        try:
+            file = folder / str(image["file_name"])
+            image.update(id=number, height=int(image["height"]), width=int(image["width"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: image {number} lacks {error}") from None
+        if not file.is_file():
+            raise DataError(f"{file} is missing, but {path} lists it")
+    coco = _index(list(images.values()), annotations, known)
     pictures = tuple(
-        _picture(folder, path, images[number], tuple(instances[number]))
-        for number in sorted(images)
+        Picture(
+            number,
+            folder / str(image["file_name"]),
+            image["height"],
+            image["width"],
+            tuple(coco.imgToAnns[number]),
+        )
+        for number, image in sorted(coco.imgs.items())
     )
-    return CocoPart(path, pictures, tuple(categories))
+    return CocoPart(path, coco, pictures, tuple(categories))
 
 
-def _picture(
-    folder: Path, path: Path, image: dict[str, Any], instances: tuple[Instance, ...]
-) -> Picture:
-    try:
-        file = folder / str(image["file_name"])
-        height, width = int(image["height"]), int(image["width"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: image {image['id']} lacks {error}") from None
-    if not file.is_file():
-        raise DataError(f"{file} is not there, but {path} lists it")
-    return Picture(int(image["id"]), file, height, width, instances)
-
-
-def _instance(annotation: dict[str, Any], label: int, where: str, *, masks: bool) -> Instance:
+def _complete(annotation: Annotation, where: str, *, masks: bool) -> None:
+    """Checks an annotation and sets the fields that COCOeval asks for."""
     try:
         left, top, width, height = (float(value) for value in annotation["bbox"])
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{where} has no bbox of four numbers") from None
-    crowd = bool(annotation.get("iscrowd", 0))
-    mask = annotation.get("segmentation") or None
-    if masks and mask is None and not crowd:
+    crowd = int(bool(annotation.get("iscrowd", 0)))
+    mask = annotation.get("segmentation") or []
+    if masks and not mask and not crowd:
         raise DataError(
             f"{where} has no segmentation, which Mask R-CNN learns from: set masks=false to train "
             "on boxes alone"
         )
     area = float(annotation.get("area", width * height))
-    return Instance((left, top, left + width, top + height), label, area, crowd, mask)
+    annotation.update(bbox=[left, top, width, height], area=area, iscrowd=crowd, segmentation=mask)
 
 
-def binary_masks(picture: Picture, instances: Sequence[Instance]) -> Tensor:
-    """uint8 [N, H, W] of polygons or run lengths, compressed or not."""
-    from pycocotools import mask as rle
-
-    masks: list[NDArray[np.uint8]] = []
-    for instance in instances:
-        runs = instance.mask
-        if isinstance(runs, list):
-            runs = rle.merge(rle.frPyObjects(runs, picture.height, picture.width))
-        elif isinstance(runs["counts"], list):
-            runs = rle.frPyObjects(runs, picture.height, picture.width)
-        masks.append(rle.decode(runs))
-    if not masks:
-        return torch.zeros(0, picture.height, picture.width, dtype=torch.uint8)
-    return torch.from_numpy(np.stack(masks))
-
-
-def need_pycocotools() -> None:
-    """Asks for what detection needs before hours of training.
-
-    Raises:
-        UserError: if it is not installed.
-    """
+def _index(
+    images: list[dict[str, Any]], annotations: list[Annotation], categories: dict[int, str]
+) -> COCO:
     try:
-        import pycocotools.cocoeval  # noqa: F401
+        from pycocotools.coco import COCO
     except ImportError as error:
         raise UserError(f"detection needs pycocotools ({error}): pip install pycocotools") from None
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco.createIndex()
+    return coco
+
+
+def _is_single(annotation: Annotation) -> bool:
+    left, top, right, bottom = corners(annotation)
+    return not annotation["iscrowd"] and right > left and bottom > top
 
 
 def _as_stored(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

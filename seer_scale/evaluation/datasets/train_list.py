@@ -1,4 +1,4 @@
-"""A given subset of the training images: a file of names, as low-shot splits are published."""
+"""A file of names that selects training images, as low-shot splits are published."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seer_scale.errors import DataError
+from seer_scale.errors import DataError, examples
 from seer_scale.evaluation.datasets.labelled import LabelledImages, listed_end
 
 
 def read_names(path: str, images: LabelledImages) -> NDArray[np.int64]:
-    """Rising positions of the images that a file lists.
+    """Returns the positions of the images that a file lists, int64 [M] in rising order.
 
     Args:
-        path: a text file, one name a line: a file's name (as ImageNet's published lists have it),
-            or its path from any folder on.
-        images: to choose from.
+        path: a text file with one name per line: the name of an image file, as in ImageNet's
+            published lists, or the end of its path.
+        images: images to choose from.
 
     Raises:
-        DataError: if the file cannot be read, lists nothing, or names what is not there.
+        DataError: the file cannot be read, is empty, or names an image that is not in `images`.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -28,7 +28,7 @@ def read_names(path: str, images: LabelledImages) -> NDArray[np.int64]:
         raise DataError(f"train_list {path} cannot be read ({error})") from None
     listed = {line.strip() for line in lines if line.strip()}
     if not listed:
-        raise DataError(f"train_list {path} is empty: one image's name per line is needed")
+        raise DataError(f"train_list {path} is empty: it needs the name of one image per line")
     chosen, found = [], set()
     for position, index in enumerate(images.indices.tolist()):
         if (end := listed_end(images.source.name(index), listed)) is not None:
@@ -37,6 +37,6 @@ def read_names(path: str, images: LabelledImages) -> NDArray[np.int64]:
     if missing := sorted(listed - found):
         raise DataError(
             f"train_list {path} names {len(missing)} images that are not in the training part "
-            f"({', '.join(missing[:3])}): it is the list of another set"
+            f"({examples(missing)}): give the list of this set"
         )
     return np.array(chosen, dtype=np.int64)

@@ -1,79 +1,50 @@
 """Object detection: Mask R-CNN with a feature pyramid on the trunk, on COCO-format data.
 
-Defaults are VISSL's for SEER (Detectron2's 1x schedule with SyncBatchNorm). Every process holds the
-whole detector; gradients are averaged.
+The defaults are VISSL's for SEER: Detectron2's 1x schedule with SyncBatchNorm. Every process holds
+the whole detector; gradients are averaged over the processes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any, Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from seer_scale import distributed
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.evaluation.datasets.coco import CocoPart, need_pycocotools, open_coco
+from seer_scale.evaluation.datasets.coco import CocoPart, open_coco
 from seer_scale.evaluation.detect_batches import training_batches
 from seer_scale.evaluation.detect_score import average_precision, detect
 from seer_scale.evaluation.detector import build_detector, train_mode
-from seer_scale.evaluation.task import Context, Result, TaskOptions
+from seer_scale.evaluation.options import DetectOptions
+from seer_scale.evaluation.sgd_state import load_state, save_state, sgd_state
+from seer_scale.evaluation.task import Context, Result
 from seer_scale.models.regnet import RegNet
 from seer_scale.parallel.torch_engine import wrap_ddp
-from seer_scale.storage.tensor_file import Kind, TensorFile, write_tensors
+from seer_scale.storage.tensor_file import TensorFile
 
 STATE = "detector.safetensors"
-_SAID_EVERY = 100  # iterations between two lines
+_SAID_EVERY = 100  # iterations between two lines of progress
 _WARMUP_START = 1e-3  # share of the learning rate at the first iteration, as in Detectron2
 
-Numbers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
-
-
-class Options(TaskOptions):
-    """Of `detect`."""
-
-    iterations: int = Field(90_000, gt=0, description="steps of the optimizer")
-    batch: int = Field(16, gt=0, description="images per step, over all processes")
-    lr: float = Field(0.02, gt=0, description="learning rate")
-    lr_steps: Numbers = Field((60_000, 80_000), description="steps after which it falls")
-    lr_gamma: float = Field(0.1, gt=0, le=1, description="factor by which it falls")
-    warmup: int = Field(100, ge=0, description="steps of its linear rise")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="on every tensor that is trained")
-    batch_norm: Literal["frozen", "sync"] = Field(
-        "sync", description="over all processes, in the pyramid too; or the trunk's as it is"
-    )
-    masks: bool = Field(True, description="Mask R-CNN; false: Faster R-CNN, boxes only")
-    min_sizes: Numbers = Field(
-        (640, 672, 704, 736, 768, 800),
-        description="shorter sides of training images in pixels; the last is a test image's",
-    )
-    max_size: int = Field(1333, gt=0, description="most that a longer side may have")
-    channels: int = Field(256, gt=0, description="of pyramid and mask head; the box head has 4x")
-    anchors: Numbers = Field(
-        (32, 64, 128, 256, 512), description="sizes in pixels, from the finest level on"
-    )
-    rois: int = Field(512, gt=0, description="proposals per image that the heads train on")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="as train.precision")
-    save_every: int = Field(1000, gt=0, description="steps between two saved states")
-    workers: int = Field(4, ge=1, description="threads per process that decode images")
-    seed: int = Field(0, ge=0, lt=2**32, description="of order, flips, sizes and new layers")
+Options = DetectOptions
 
 
 def run(context: Context, options: Options) -> Result:
     """Trains a detector on the context's trunk and judges it on the validation part.
 
-    The state is saved to `context.folder/detector.safetensors`, which a run that was ended goes on
-    from; at the end it is the trained detector.
+    The state is saved to `context.folder/detector.safetensors`. A run that was killed resumes from
+    it; at the end it holds the trained detector.
 
     Raises:
-        UserError: if an option does not fit, or the folder holds another detector.
-        DataError: if annotations or images are not as they should be.
+        UserError: an option does not fit, pycocotools is missing, or the folder holds a detector
+            of other options.
+        CheckpointError: the saved state is damaged.
+        DataError: annotations or images are missing or wrong.
     """
-    need_pycocotools()
     train, val = open_coco(context.data, masks=options.masks)
     _check(context, options)
     job = _Training(context, options, train)
@@ -85,7 +56,7 @@ def run(context: Context, options: Options) -> Result:
         mask, _ = average_precision(val, found, "segm")
     details = {
         "options": options.model_dump(mode="json"),
-        "train_images": len(job.pictures),
+        "train_images": len(train.with_objects),
         "test_images": len(val.pictures),
         "detections": len(found),
         "box_ap_per_category": by_category,
@@ -94,7 +65,7 @@ def run(context: Context, options: Options) -> Result:
 
 
 def learning_rate(options: Options, iteration: int) -> float:
-    """Of an iteration, counted from 0."""
+    """Returns the learning rate of an iteration, counted from 0."""
     rate = options.lr * options.lr_gamma ** sum(iteration >= end for end in options.lr_steps)
     if iteration < options.warmup:
         done = iteration / options.warmup
@@ -126,8 +97,8 @@ class _Training:
 
     def __init__(self, context: Context, options: Options, data: CocoPart) -> None:
         self._context, self._options = context, options
-        self.pictures = [picture for picture in data.pictures if picture.singles]
-        torch.manual_seed(options.seed)  # of the new layers
+        self._data = data
+        torch.manual_seed(options.seed)  # for the new layers
         self.detector = build_detector(
             _trunk(context),
             classes=len(data.categories),
@@ -139,13 +110,8 @@ class _Training:
             min_sizes=options.min_sizes,
             max_size=options.max_size,
         ).to(context.device)
-        self._trained = {
-            name: parameter
-            for name, parameter in self.detector.named_parameters()
-            if parameter.requires_grad
-        }
         self._optimizer = torch.optim.SGD(
-            self._trained.values(),
+            [parameter for parameter in self.detector.parameters() if parameter.requires_grad],
             lr=options.lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
@@ -159,13 +125,13 @@ class _Training:
         self._done = self._load()
 
     def run(self) -> None:
-        """The iterations that are left."""
+        """Trains for the iterations that are left."""
         options, device = self._options, self._context.device
         alone = distributed.world_size() == 1
         module = self.detector if alone else wrap_ddp(self.detector, device)
         train_mode(self.detector)
         stream = training_batches(
-            self.pictures,
+            self._data,
             batch=options.batch,
             first=self._done,
             seed=options.seed,
@@ -188,9 +154,9 @@ class _Training:
     def _step(
         self, module: nn.Module, samples: list[tuple[Tensor, dict[str, Tensor]]], iteration: int
     ) -> float:
-        """One step; the mean of the loss over the ranks."""
+        """Takes one step; returns the mean loss over the ranks."""
         options, device = self._options, self._context.device
-        # torchvision draws sizes and proposals from torch's generator; a resumed run does alike.
+        # A resumed run must draw the same sizes and proposals, which come from torch's generator.
         world, rank = distributed.world_size(), distributed.rank()
         torch.manual_seed((options.seed << 32) + iteration * world + rank)
         for group in self._optimizer.param_groups:
@@ -201,8 +167,8 @@ class _Training:
         mean = float(distributed.all_reduce(loss.detach().clone())) / world
         if not math.isfinite(mean):
             raise UserError(
-                f"the loss of iteration {iteration + 1} is {mean}: training stops, its last saved "
-                "state stays; try a lower lr, a longer warmup or precision=fp32"
+                f"the loss of iteration {iteration + 1} is {mean}: training stops and keeps the "
+                "last saved state; try a lower lr, a longer warmup or precision=fp32"
             )
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -213,21 +179,12 @@ class _Training:
 
     def _save(self) -> None:
         if distributed.is_main():
-            tensors = self._tensors()
-            path = self._context.folder / STATE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(".writing")
-            write_tensors(
-                fresh,
-                {name: Kind.of(tensor) for name, tensor in tensors.items()},
-                lambda name: tensors[name].detach().cpu().contiguous(),
-                {"iterations": str(self._done), "about": json.dumps(self._about)},
-            )
-            fresh.replace(path)
+            about = {"iterations": str(self._done), "about": json.dumps(self._about)}
+            save_state(self._context.folder / STATE, self._tensors(), about)
         distributed.barrier()
 
     def _load(self) -> int:
-        """Takes over what an earlier run saved; the number of its iterations."""
+        """Loads the state that an earlier run saved; returns the iterations that are done."""
         path = self._context.folder / STATE
         if not distributed.broadcast_object(path.is_file()):
             return 0
@@ -235,24 +192,17 @@ class _Training:
             file = TensorFile(path)
             about, done = json.loads(file.metadata["about"]), int(file.metadata["iterations"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}): remove it to start anew") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}): remove it to start again"
+            ) from None
         if about != self._about:
             raise UserError(
-                f"{path} is a detector of other options, or of another model or data: choose "
-                "another folder, or remove it"
+                f"{path} is a detector of other options, another model or other data: choose "
+                "another folder, or remove the file"
             )
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(file.whole(name))
-        self._context.say(f"going on after iteration {done}")
+        load_state(file, self._tensors())
+        self._context.say(f"resumed after iteration {done}")
         return done
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that is saved: parameters and buffers, and the optimizer's momentum."""
-        tensors = {f"model/{name}": x for name, x in self.detector.state_dict().items()}
-        for name, parameter in self._trained.items():
-            state: dict[str, Any] = self._optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            tensors[f"momentum/{name}"] = state["momentum_buffer"]
-        return tensors
+        return sgd_state(self.detector, self._optimizer, weights="model/", momenta="momentum/")

@@ -1,4 +1,4 @@
-"""The training behind `finetune`: epochs over one engine, a checkpoint after each, a test."""
+"""Training of the task `finetune`: epochs on one engine, a checkpoint after each, and a test."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 from seer_scale import distributed
 from seer_scale.checkpoint import CheckpointReader, Saver, first_whole, list_checkpoints
-from seer_scale.config import RunConfig
 from seer_scale.config.ds_config import load_ds_config, resolve_ds_config
+from seer_scale.data.middle_crop import MiddleCrop
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.evaluation.augment_labelled import MiddleCrop, TrainCrop, batches, epoch_order
 from seer_scale.evaluation.datasets.labelled import LabelledData
+from seer_scale.evaluation.labelled_crops import TrainCrop, crop_batches
+from seer_scale.evaluation.options import FinetuneOptions
 from seer_scale.evaluation.task import Context
-from seer_scale.evaluation.tasks.finetune_options import Options, learning_rate
+from seer_scale.evaluation.tasks.finetune_schedule import epoch_order, learning_rate
 from seer_scale.models import build_classifier, seeded_values
+from seer_scale.optim.options import OptimizerOptions
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.optim.slices import Values
 from seer_scale.parallel.engine import shard
+from seer_scale.parallel.options import ShardingOptions
+from seer_scale.storage.atomic import replaced_folder
 from seer_scale.storage.tensor_file import write_tensors
 
 CLASSIFIER = "classifier.safetensors"
@@ -33,32 +37,38 @@ _CHECKPOINTS = "checkpoints"
 
 
 class FineTuning:
-    """One rank's part of a fine-tuning; goes on from the newest checkpoint in the folder.
+    """One rank's part of a fine-tuning; resumes from the newest checkpoint in the folder.
 
     Args:
-        context: whose trunk is the start; it is moved to the host.
-        options: which `finetune.check` has passed.
-        data: the images.
+        context: context with the trunk to start from, which is moved to the host.
+        options: options that `finetune_schedule.check` has accepted.
+        data: images to train on and to test on.
+
+    Raises:
+        UserError: the folder holds a fine-tuning with other options, model or data.
     """
 
-    def __init__(self, context: Context, options: Options, data: LabelledData) -> None:
+    def __init__(self, context: Context, options: FinetuneOptions, data: LabelledData) -> None:
         self._context, self._options, self._data = context, options, data
         self._steps_per_epoch = len(data.train) // options.batch
         self._about = {
-            "options": options.model_dump(mode="json", exclude={"workers", "test_every"}),
+            "options": {
+                **options.model_dump(mode="json", exclude={"workers", "test_every"}),
+                "labels": context.labels,
+            },
             "model": context.model,
             "data": context.data,
             "classes": data.classes,
         }
-        self.losses: list[float] = []  # mean of every epoch
+        self.losses: list[float] = []  # mean loss of every epoch
         reader = self._reader()
-        config = self._run_config()
         ds_config, path = None, options.deepspeed_config
         if path is not None:
             ds_config = resolve_ds_config(
                 load_ds_config(path),
                 path=path,
-                config=config,
+                micro_batch_size=self._micro,
+                gradient_accumulation=options.accumulate,
                 world_size=distributed.world_size(),
             )
         self._engine = shard(
@@ -69,27 +79,38 @@ class FineTuning:
                 device=device,
             ),
             reader.values if reader else self._start_values,
-            config,
-            ds_config,
-            context.device,
+            ShardingOptions(
+                strategy=options.strategy,
+                deepspeed_config=path,
+                activation_checkpointing=options.activation_checkpointing,
+                gradient_accumulation=options.accumulate,
+            ),
+            OptimizerOptions(
+                momentum=options.momentum,
+                nesterov=options.nesterov,
+                weight_decay=options.weight_decay,
+            ),
+            precision=options.precision,
+            device=context.device,
+            ds_config=ds_config,
         )
         self._without_decay()
         if reader:
-            reader.fill_momentum(self._engine.slices())
+            reader.fill_momentum(self._engine.slices(), together=self._engine.holds_all)
+            reader.close()
             self.losses = list(reader.manifest["state"]["losses"])
             scale = reader.manifest["state"]["loss_scale"]
             if self._engine.loss_scale and scale:
                 self._engine.loss_scale.load(scale)
-            context.say(f"going on after epoch {len(self.losses)} of {reader.folder}")
+            context.say(f"resuming after epoch {len(self.losses)} of {reader.folder}")
         self._saver = Saver(context.folder / _CHECKPOINTS, trunk=context.trunk_name, keep=1)
 
-    # ------------------------------------------------------------------------------- training
-
     def train(self) -> None:
-        """The epochs that are left.
+        """Trains the epochs that are left.
 
         Raises:
-            CheckpointError: if the last checkpoint could not be written.
+            CheckpointError: the last checkpoint could not be written.
+            UserError: the mean loss of an epoch is not finite.
         """
         options = self._options
         while len(self.losses) < options.epochs:
@@ -148,10 +169,10 @@ class FineTuning:
         order = epoch_order(len(images), seed=options.seed, epoch=epoch)
         used = order[: self._steps_per_epoch * options.batch]
         world, rank = distributed.world_size(), distributed.rank()
-        # [steps * accumulate, world, micro]: of each global micro-batch a rank takes its rows.
+        # [steps * accumulate, world, micro]: a rank takes its rows of each global micro-batch.
         mine = used.reshape(-1, world, self._micro)[:, rank].tolist()
         parts = ([(place, epoch * len(images) + place) for place in part] for part in mine)
-        return batches(images, parts, crop, workers=options.workers)
+        return crop_batches(images, parts, crop, workers=options.workers)
 
     def _save(self, *, last: bool) -> None:
         scale = self._engine.loss_scale
@@ -162,33 +183,31 @@ class FineTuning:
             model=self._engine.model,
             local_state={},
             manifest={
-                "state": {"losses": self.losses, "loss_scale": scale and scale.state()},
+                "state": {"losses": list(self.losses), "loss_scale": scale and scale.state()},
                 "finetune": self._about,
             },
             urgent=last,
         )
 
-    # ------------------------------------------------------------------------------- results
-
     @torch.no_grad()
     def test(self) -> Tensor:
-        """Images, hits and hits among the best five, by class: int64 [3, classes].
+        """Counts images, top-1 hits and top-5 hits by class: int64 [3, classes].
 
-        Each image is judged by one rank, once; the sums are the same on every rank.
+        One rank judges each image, once; the sums are the same on every rank.
         """
         options, images, engine = self._options, self._data.val, self._engine
         size = options.test_size or options.size
-        crop = MiddleCrop(size, options.test_resize or round(size * 8 / 7), options.bicubic)
+        crop = MiddleCrop(size, options.test_resize, options.bicubic)
         world, rank = distributed.world_size(), distributed.rank()
         sums = torch.zeros(3, len(self._data.classes), dtype=torch.int64)
         rounds = -(-len(images) // (world * self._micro))
         mine = np.array_split(np.arange(rank, len(images), world), rounds)
         parts = ([(int(place), 0) for place in part] for part in mine if len(part))
-        stream = batches(images, parts, crop, workers=options.workers)
+        stream = crop_batches(images, parts, crop, workers=options.workers)
         engine.model.eval()
         for part in mine:
             if not len(part):
-                # A sharded model gathers its weights together: this rank has to come along.
+                # All ranks gather the weights of a sharded model together, so this one must, too.
                 engine([torch.zeros(1, 3, size, size, device=self._context.device)], None)
                 continue
             pixels, targets = next(stream)
@@ -201,15 +220,12 @@ class FineTuning:
         return distributed.all_reduce(sums.to(self._context.device)).cpu()
 
     def export(self) -> None:
-        """Writes the trunk and the classifier from the last checkpoint, on rank 0."""
+        """Writes the trunk and the classifier of the last checkpoint, on rank 0."""
         if distributed.is_main():
             folder = self._context.folder
             checkpoint = list_checkpoints(folder / _CHECKPOINTS)[-1]
-            fresh = folder / "trunk.writing"
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(checkpoint / "trunk", fresh)
-            shutil.rmtree(folder / "trunk", ignore_errors=True)
-            fresh.rename(folder / "trunk")
+            with replaced_folder(folder / "trunk") as fresh:
+                shutil.copytree(checkpoint / "trunk", fresh, dirs_exist_ok=True)
             reader = CheckpointReader(checkpoint)
             kinds = {name: reader.kinds[f"head.{name}"] for name in ("weight", "bias")}
             write_tensors(
@@ -220,11 +236,9 @@ class FineTuning:
             )
         distributed.barrier()
 
-    # ------------------------------------------------------------------------------- building
-
     @property
     def _micro(self) -> int:
-        """Images per rank and forward pass."""
+        """Number of images per rank and forward pass."""
         return self._options.batch // (distributed.world_size() * self._options.accumulate)
 
     def _reader(self) -> CheckpointReader | None:
@@ -233,7 +247,7 @@ class FineTuning:
         if saved and saved.manifest.get("finetune") != self._about:
             raise UserError(
                 f"{self._context.folder} holds a fine-tuning with other options, or of another "
-                "model or data: choose another folder, or remove this one"
+                "model or data: choose another folder with --out, or remove this one"
             )
         return saved
 
@@ -250,7 +264,7 @@ class FineTuning:
         return values
 
     def _without_decay(self) -> None:
-        """BatchNorm's weights are not decayed (VISSL's regularize_bn is off in fine-tuning)."""
+        """Sets the weight decay of BatchNorm to 0 (VISSL's fine-tuning has regularize_bn off)."""
         norms = {
             f"{prefix}.{name}"
             for prefix, module in self._engine.model.named_modules()
@@ -260,35 +274,3 @@ class FineTuning:
         for group in self._engine.param_groups:
             if group["name"] in norms:
                 group["weight_decay"] = 0.0
-
-    def _run_config(self) -> RunConfig:
-        """What `shard` reads; the sections it does not read hold the least that is valid."""
-        options = self._options
-        return RunConfig.model_validate(
-            {
-                "recipe": "finetune",
-                "run": {"dir": str(self._context.folder), "seed": options.seed},
-                "train": {
-                    "steps": options.epochs * self._steps_per_epoch,
-                    "micro_batch_size": self._micro,
-                    "gradient_accumulation": options.accumulate,
-                    "precision": options.precision,
-                },
-                "model": {"trunk": self._context.trunk_name, "head_dims": [1], "prototypes": 2},
-                "objective": {},
-                "optim": {
-                    "momentum": options.momentum,
-                    "nesterov": options.nesterov,
-                    "weight_decay": options.weight_decay,
-                    "larc": False,
-                },
-                "sharding": {
-                    "strategy": options.strategy,
-                    "deepspeed_config": options.deepspeed_config,
-                    "activation_checkpointing": options.activation_checkpointing,
-                },
-                "data": {"path": "-", "crop_sizes": [options.size], "crop_counts": [2]},
-                "checkpoint": {},
-                "tracking": {"enabled": False},
-            }
-        )

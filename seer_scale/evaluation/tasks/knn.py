@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification of features (Wu et al., arXiv 1805.01978, 3.4).
 
 Training images are the bank, validation images the queries. The bank is read block by block, so
-memory holds the queries of one rank and their nearest neighbours, never the bank.
+that memory holds the queries of one rank and their nearest neighbours, never the whole bank.
 """
 
 from __future__ import annotations
@@ -11,54 +11,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from seer_scale import distributed
 from seer_scale.evaluation.datasets.labelled import LabelledData, open_labelled
 from seer_scale.evaluation.feature_store import StoredFeatures, stored_features
+from seer_scale.evaluation.options import KnnOptions
 from seer_scale.evaluation.pictures import draw_confusion, draw_neighbours
 from seer_scale.evaluation.scores import confusion, per_class, top_share
-from seer_scale.evaluation.task import Context, Result, TaskOptions
+from seer_scale.evaluation.task import Context, Result
 
 _SHOWN = 8  # queries on the contact sheet
 _SHOWN_NEIGHBOURS = 7
 
 
-class Options(TaskOptions):
-    """What `knn` takes."""
-
-    k: list[int] = Field(
-        default=[10, 20, 50, 100, 200], min_length=1, description="voters per query, each tried"
-    )
-    temperature: list[float] = Field(
-        default=[0.07],
-        min_length=1,
-        description="each tried; a neighbour's vote weighs exp(cosine / temperature)",
-    )
-    size: int = Field(default=224, gt=0, description="side of the centre crop in pixels")
-    map: str = Field(default="avgpool", description="feature map; see docs/evaluation.md")
-
-    @field_validator("k", "temperature", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int | float) else value
-
-    @field_validator("k", "temperature")
-    @classmethod
-    def _positive(cls, values: list[float]) -> list[float]:
-        if min(values) <= 0:
-            raise ValueError("every value has to be above 0")
-        return values
+Options = KnnOptions
 
 
 def run(context: Context, options: Options) -> Result:
-    """k-NN top-1 and top-5 on the validation part, for every k and temperature.
+    """Computes k-NN top-1 and top-5 on the validation part for every k and temperature.
 
     `top1` and `top5` are those of the best setting, which is chosen on the validation images, as is
-    usual; the others stand in `details["sweep"]`.
+    usual; `details["sweep"]` has every setting.
+
+    Raises:
+        ConfigError: the trunk lacks the map.
+        DataError: labels or images cannot be used.
     """
-    data = open_labelled(context.data, context.labels)
+    data = open_labelled(context.data, context.labels, context.say)
     bank = stored_features(context, data.train, size=options.size, maps=[options.map])[options.map]
     queries = stored_features(context, data.val, size=options.size, maps=[options.map])[options.map]
     largest = min(max(options.k), len(data.train))
@@ -75,6 +55,12 @@ def run(context: Context, options: Options) -> Result:
             if top1 > best[0]:
                 best = (top1, votes)
     chosen = next(row for row in sweep if row["top1"] == best[0])
+    if len(sweep) > 1:
+        context.say(
+            f"k = {chosen['k']} and temperature {chosen['temperature']:g} are the best of "
+            f"{len(sweep)} settings on the validation images themselves, as is usual; "
+            "k=[20] temperature=[0.07] would choose nothing"
+        )
     predictions = best[1].argmax(1)
     matrix = confusion(data.val.targets, predictions, len(data.classes))
     pictures = (
@@ -98,12 +84,12 @@ def run(context: Context, options: Options) -> Result:
 def nearest(
     bank: Iterable[tuple[int, Tensor]], queries: Tensor, k: int, *, batch: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of a bank that comes in blocks.
+    """Finds the k nearest rows, by cosine, of a bank that arrives in blocks.
 
     Args:
         bank: number of the first row, and rows [<= block, C], of every block.
-        queries: [M, C]; compared by cosine.
-        k: how many; no more than the bank has.
+        queries: features [M, C].
+        k: number of neighbours, at most the number of rows in the bank.
         batch: queries that are compared with a block at once.
 
     Returns:
@@ -126,8 +112,15 @@ def nearest(
 
 
 def vote(cosines: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
-    """Votes [M, count] of neighbours' classes [M, k], each weighing exp(cosine / temperature)."""
-    # Relative to the nearest one: only ratios count, and low temperatures would overflow.
+    """Returns the votes float64 [M, count] for each class.
+
+    Args:
+        cosines: cosines of the neighbours [M, k], falling.
+        classes: classes of the neighbours, int64 [M, k].
+        count: number of classes.
+        temperature: a neighbour's vote weighs exp(cosine / temperature).
+    """
+    # Relative to the nearest neighbour: only ratios count, and exp would overflow.
     weights = ((cosines - cosines[:, :1]).double() / temperature).exp()
     votes = torch.zeros(len(cosines), count, dtype=torch.float64, device=cosines.device)
     return votes.scatter_add_(1, classes, weights)
@@ -143,14 +136,14 @@ def knn_top1(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Share of queries whose class wins the vote of their k nearest bank features.
+    """Returns the share of queries whose class wins the vote of their k nearest bank features.
 
     Args:
-        bank: features [N, C]; compared by cosine.
-        bank_labels: classes [N], int64.
+        bank: features [N, C]; neighbours are nearest by cosine.
+        bank_labels: classes, int64 [N].
         queries: features [M, C].
-        query_labels: classes [M], int64.
-        k: voters per query; at most N count.
+        query_labels: classes, int64 [M].
+        k: neighbours that vote for each query; more than N means N.
         temperature: a neighbour's vote weighs exp(cosine / temperature).
     """
     cosines, numbers = nearest([(0, bank)], queries, min(k, len(bank)), batch=len(queries))
@@ -162,7 +155,7 @@ def knn_top1(
 def _nearest_of_all(
     bank: StoredFeatures, queries: StoredFeatures, k: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Neighbours of every query on every rank; each rank finds those of its own blocks."""
+    """Returns cosines and rows [M, k] of all queries; each rank computes its own blocks of them."""
     rank, world = distributed.rank(), distributed.world_size()
     blocks = [(first, torch.from_numpy(rows)) for first, rows in queries.blocks(rank, world)]
     found: list[tuple[int, Tensor, Tensor]] = []
@@ -181,7 +174,7 @@ def _nearest_of_all(
 def _pictures(
     context: Context, data: LabelledData, matrix: Tensor, predictions: Tensor, nearest: Tensor
 ) -> tuple[Any, ...]:
-    """Both pictures; the sheet's queries are spread over the validation part, wrong ones too."""
+    """Draws the confusion matrix, and a sheet of queries spread evenly over the validation part."""
     confusion_file = draw_confusion(context.folder / "confusion.png", matrix, data.classes)
     chosen = torch.linspace(0, len(data.val) - 1, min(_SHOWN, len(data.val))).round().long()
     rows = [

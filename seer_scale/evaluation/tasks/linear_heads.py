@@ -1,69 +1,78 @@
-"""Linear heads as VISSL's linear evaluation has them, several trained side by side.
+"""Linear heads of VISSL's linear evaluation, several of them trained side by side.
 
-Each head is a BatchNorm over the channels of one pooled map and a linear layer, with a learning
-rate of its own. Heads share nothing, so training them together equals training each alone.
+A head is a BatchNorm over the channels of one pooled map, which a plain head lacks, and a linear
+layer; each head has its own learning rate. Heads share nothing, so that training them together
+equals training each alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from seer_scale.storage.tensor_file import Kind, write_tensors
+from seer_scale.evaluation.maps import PLAIN
+from seer_scale.evaluation.sgd_state import load_state, save_state, sgd_state
+from seer_scale.storage.tensor_file import Kind, TensorFile
 
-_STATE = "state"  # of the safetensors file's metadata
+_STATE = "state"  # key in the metadata of the safetensors file
 
 
 class LinearHead(nn.Module):
-    """Pooled map [B, channels * cells] to logits [B, classes]: BatchNorm2d, then a linear layer.
+    """BatchNorm2d and a linear layer: pooled map [B, channels * cells] to logits [B, classes].
 
     Args:
         width: channels times cells.
-        cells: (height, width) of the pooled map.
-        classes: how many.
+        cells: height and width of the pooled map in cells.
+        classes: number of classes.
+        plain: leave out BatchNorm.
     """
 
-    def __init__(self, width: int, cells: tuple[int, int], classes: int) -> None:
+    def __init__(
+        self, width: int, cells: tuple[int, int], classes: int, *, plain: bool = False
+    ) -> None:
         super().__init__()
-        self.cells = cells
-        self.norm = nn.BatchNorm2d(width // (cells[0] * cells[1]))
+        self.shape = (width // (cells[0] * cells[1]), *cells)
+        self.norm = nn.Identity() if plain else nn.BatchNorm2d(self.shape[0])
         self.linear = nn.Linear(width, classes)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Logits [B, classes]."""
-        maps = vectors.view(-1, self.norm.num_features, *self.cells)
+        """Returns logits [B, classes] of vectors [B, width]."""
+        maps = vectors.view(-1, *self.shape)
         logits: Tensor = self.linear(self.norm(maps).flatten(1))
         return logits
 
 
 @dataclass(frozen=True)
 class HeadKey:
-    """Which head: the map it looks at and its learning rate per 256 images."""
+    """Identity of a head: its map, maybe with `_plain`, and its learning rate per 256 images."""
 
-    map: str
+    name: str
     base_lr: float
 
+    @property
+    def map(self) -> str:
+        """Name of the map whose vectors the head takes."""
+        return self.name.removesuffix(PLAIN)
+
     def __str__(self) -> str:
-        return f"{self.map}@{self.base_lr:g}"
+        return f"{self.name}@{self.base_lr:g}"
 
 
 class Heads:
     """Heads and the SGD that trains them.
 
     Args:
-        heads: on their device, with initial values.
-        lr_scale: global batch / 256, which every learning rate is multiplied by.
-        momentum: of SGD.
-        nesterov: its kind of momentum.
-        weight_decay: of the linear layers; BatchNorm has none.
+        heads: heads on their device, with initial values.
+        lr_scale: factor of every learning rate: global batch / 256.
+        momentum: momentum of SGD.
+        nesterov: whether SGD uses Nesterov's momentum.
+        weight_decay: weight decay of the linear layers; BatchNorm has no weight decay.
     """
 
     def __init__(
@@ -87,12 +96,12 @@ class Heads:
         )
 
     def step(self, vectors: Mapping[str, Tensor], targets: Tensor, factor: float) -> float:
-        """One step of every head on a batch; the mean of their losses before it.
+        """Takes one step of every head and returns the mean of their losses before the step.
 
         Args:
-            vectors: of every map, [B, width].
-            targets: [B].
-            factor: of every learning rate, by the schedule.
+            vectors: pooled vectors [B, width] by map.
+            targets: int64 [B].
+            factor: factor of every learning rate, from the schedule.
         """
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
@@ -108,68 +117,54 @@ class Heads:
 
     @torch.inference_mode()
     def logits(self, vectors: Mapping[str, Tensor]) -> dict[HeadKey, Tensor]:
-        """Of every head in eval mode."""
+        """Returns logits [B, classes] of every head in eval mode."""
         return {key: head.eval()(vectors[key.map]) for key, head in self.heads.items()}
 
-    def save(self, path: Path, state: Mapping[str, int | str]) -> None:
-        """Writes weights, statistics and momenta in one step, with a few values beside them."""
-        fresh = path.with_name(f"{path.name}.writing")
-        tensors = self._tensors()
-        write_tensors(
-            fresh,
-            {name: Kind.of(tensor) for name, tensor in tensors.items()},
-            tensors.__getitem__,
-            {_STATE: json.dumps(dict(state))},
-        )
-        os.replace(fresh, path)
+    def save(self, path: Path, epochs: int) -> None:
+        """Writes weights, statistics and momenta in one step, and how many epochs are done."""
+        save_state(path, self._tensors(), {_STATE: json.dumps({"epoch": epochs})})
 
-    def load(self, path: Path) -> dict[str, int | str]:
-        """Takes over what `save` wrote and returns its values; {} if there is no sound file."""
+    def load(self, path: Path) -> int:
+        """Restores what `save` wrote and returns its epochs; 0 if there is no undamaged file."""
         if not path.is_file():
-            return {}
+            return 0
         try:
-            with safe_open(path, framework="pt") as file:
-                state: dict[str, int | str] = json.loads(file.metadata()[_STATE])
-                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            return {}
-        own = self._tensors()
-        momenta = {name for name in saved if name.startswith("momentum/")}
-        if saved.keys() - momenta != {n for n in own if not n.startswith("momentum/")}:
-            return {}
-        with torch.no_grad():
-            for key, head in self.heads.items():
-                for name, tensor in head.state_dict().items():
-                    tensor.copy_(saved[f"{key}/{name}"])
-                for name, parameter in head.named_parameters():
-                    if (momentum := saved.get(f"momentum/{key}/{name}")) is not None:
-                        self._optimizer.state[parameter]["momentum_buffer"] = momentum.to(
-                            parameter.device
-                        )
-        return state
+            file = TensorFile(path)
+            epochs = int(json.loads(file.metadata[_STATE])["epoch"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        tensors = self._tensors()
+        if {name: Kind.of(tensor) for name, tensor in tensors.items()} != {
+            name: entry.kind for name, entry in file.entries.items()
+        }:
+            return 0
+        load_state(file, tensors)
+        return epochs
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for key, head in self.heads.items():
-            for name, tensor in head.state_dict().items():
-                tensors[f"{key}/{name}"] = tensor.detach().cpu().contiguous()
-            for name, parameter in head.named_parameters():
-                momentum = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if momentum is not None:
-                    tensors[f"momentum/{key}/{name}"] = momentum.cpu().contiguous()
+            names = {"weights": f"{key}/", "momenta": f"momentum/{key}/"}
+            tensors |= sgd_state(head, self._optimizer, **names)
         return tensors
 
 
 def build_head(
     key: HeadKey, width: int, cells: tuple[int, int], classes: int, seed: int
 ) -> LinearHead:
-    """A head with initial values that hang on the seed and the map alone.
+    """Builds a head whose initial values depend on the seed and the map alone.
 
-    Linear weights are drawn from a normal distribution of standard deviation 0.01, biases are 0.
+    They are uniform within 1 / sqrt(width), as torch's are by default, and so VISSL's.
+
+    Args:
+        key: identity of the head.
+        width: channels times cells.
+        cells: height and width of the pooled map in cells.
+        classes: number of classes.
+        seed: seed of the initial values.
     """
-    head = LinearHead(width, cells, classes)
+    head = LinearHead(width, cells, classes, plain=key.name != key.map)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(key.map.encode()))
-    with torch.no_grad():
-        head.linear.weight.normal_(0.0, 0.01, generator=generator)
-        head.linear.bias.zero_()
+    for parameter in head.linear.parameters():
+        nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
     return head

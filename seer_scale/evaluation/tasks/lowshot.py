@@ -1,9 +1,9 @@
-"""Few labels: 1 % or 10 % of the training part, or k images of each class.
+"""Few labels: training on 1 % or 10 % of the training part, or on k images of each class.
 
-Splits hang on the seed and the images' names alone, keep the shares of the classes and are nested:
-the images of a smaller split are in every larger one of the same seed. Each is written down as a
-list of names. SEER's published numbers are of fine-tuning (method=finetune); the linear method
-solves logistic regression on frozen features.
+Splits depend on the seed and the images' names alone, keep the shares of the classes and are
+nested: a larger split of the same seed contains every smaller one. Each split is written to a file
+of names. SEER's published numbers (arXiv 2103.01988) are of fine-tuning, method=finetune;
+method=linear solves logistic regression on frozen features.
 """
 
 from __future__ import annotations
@@ -14,53 +14,51 @@ import os
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
 from seer_scale import distributed
+from seer_scale.config.schema import build
+from seer_scale.data.image_folder import ImageFolder
 from seer_scale.errors import ConfigError
 from seer_scale.evaluation.datasets.labelled import LabelledData, LabelledImages, open_labelled
 from seer_scale.evaluation.datasets.train_list import read_names
 from seer_scale.evaluation.feature_store import stored_features
+from seer_scale.evaluation.logistic import check_logistic, predict_logistic
+from seer_scale.evaluation.maps import map_widths
+from seer_scale.evaluation.options import FinetuneOptions, LowshotOptions
 from seer_scale.evaluation.scores import top_share
-from seer_scale.evaluation.task import Context, Result, TaskOptions
-from seer_scale.evaluation.tasks.linear import solve
+from seer_scale.evaluation.task import Context, Result
 
-
-class Options(TaskOptions):
-    """What `lowshot` takes."""
-
-    fractions: list[float] = Field(
-        default=[0.01, 0.1], description="shares of each class's training images"
-    )
-    per_class: list[int] = Field(default=[], description="numbers of images of each class")
-    train_list: str | None = Field(
-        default=None, description="file with the names of the images to learn from, instead"
-    )
-    seeds: list[int] = Field(default=[0], min_length=1, description="a split for each")
-    method: Literal["linear", "finetune"] = Field(
-        default="linear", description="a classifier on frozen features, or fine-tuning of all"
-    )
-    weight_decay: float = Field(
-        default=1e-2, ge=0, description="linear: of the weight, on standardised features"
-    )
-    size: int = Field(default=224, gt=0, description="linear: side of the centre crop in pixels")
-    map: str = Field(default="avgpool", description="linear: feature map")
-    finetune: dict[str, Any] = Field(
-        default={}, description="finetune: options of that task, as {epochs: 70, base_lr: 0.05}"
-    )
+Options = LowshotOptions
 
 
 def run(context: Context, options: Options) -> Result:
-    """Top-1 on the validation part for every split: its mean over seeds is `top1_SPLIT`.
+    """Computes top-1 and top-5 on the validation part for every split.
 
-    `top1` is that of the first split.
+    `top1_SPLIT` is the mean over the seeds; `top1` is the value of the first split.
+
+    Raises:
+        ConfigError: options of the splits, or of the fine-tuning, that are not possible, or a
+            logistic regression that does not fit into memory.
+        DataError: labels, images or the list of names cannot be used.
     """
-    data = open_labelled(context.data, context.labels)
+    data = open_labelled(context.data, context.labels, context.say)
     wanted = splits(data, options)
+    if options.method == "linear":
+        most = max(len(positions) for _, _, positions in wanted)
+        (width,) = map_widths(
+            context.trunk, options.size, [options.map], context.trunk_name, context.device
+        ).values()
+        check_logistic(
+            most,
+            len(data.val),
+            width,
+            len(data.classes),
+            "use smaller splits, map=avgpool or method=finetune",
+        )
     metrics: dict[str, list[float]] = {}
     details = []
     for name, seed, positions in wanted:
@@ -91,22 +89,24 @@ def run(context: Context, options: Options) -> Result:
 
 
 def splits(data: LabelledData, options: Options) -> list[tuple[str, int, NDArray[np.int64]]]:
-    """Name, seed and rising positions in the training part of every split.
+    """Returns name, seed and positions in the training part, int64 rising, of every split.
 
     Raises:
-        ConfigError: no split, or a share or number that cannot be.
-        DataError: a list that names no image, or images that are not there.
+        ConfigError: there is no split, or a share or number is out of range.
+        DataError: `train_list` is empty, or names an image that does not exist.
     """
     if options.train_list is not None:
         return [("list", 0, read_names(options.train_list, data.train))]
     for share in options.fractions:
         if not 0 < share <= 1:
-            raise ConfigError(f"fractions has {share}, but each must be above 0 and at most 1")
+            raise ConfigError(
+                f"fractions has {share}, but every share must be above 0 and at most 1"
+            )
     for count in options.per_class:
         if count < 1:
-            raise ConfigError(f"per_class has {count}, but each must be 1 or more")
+            raise ConfigError(f"per_class has {count}, but every number must be 1 or more")
     if not options.fractions and not options.per_class:
-        raise ConfigError("fractions and per_class are empty: name a share or a number of images")
+        raise ConfigError("fractions and per_class are empty: give a share or a number of images")
     chosen = []
     for seed in options.seeds:
         ranked = _ranked(data.train, seed)
@@ -118,17 +118,20 @@ def splits(data: LabelledData, options: Options) -> list[tuple[str, int, NDArray
 
 
 def write_names(path: Path, images: LabelledImages, positions: NDArray[np.int64]) -> None:
-    """One name a line: the class's folder and the file, or whatever the source calls an image."""
+    """Writes one name per line: the path from the class folder on, or the name in its shard."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{_name(images, place)}\n" for place in positions.tolist()))
 
 
 def _name(images: LabelledImages, place: int) -> str:
-    return os.sep.join(images.source.name(int(images.indices[place])).split(os.sep)[-2:])
+    source, index = images.source, int(images.indices[place])
+    if isinstance(source, ImageFolder) and (below := source.name_below(index)).count(os.sep) > 1:
+        return below  # `CLASS/images/0.jpg`: the folder of the file is not its class
+    return os.sep.join(source.name(index).split(os.sep)[-2:])
 
 
 def _ranked(images: LabelledImages, seed: int) -> list[NDArray[np.int64]]:
-    """Positions of each class's images, shuffled by a hash of seed and name."""
+    """Returns the positions of each class's images, shuffled by a hash of seed and name."""
     keys = [
         blake2b(f"{seed} {_name(images, place)}".encode("utf-8", "surrogateescape")).digest()
         for place in range(len(images))
@@ -139,7 +142,7 @@ def _ranked(images: LabelledImages, seed: int) -> list[NDArray[np.int64]]:
 
 
 def _first(ranked: list[NDArray[np.int64]], wanted: float) -> NDArray[np.int64]:
-    """A share (a float) or number (an int) of each class, one image at least."""
+    """Returns a share (float) or a number (int) of each class's images, at least one image."""
     counts = [
         wanted if isinstance(wanted, int) else max(1, math.floor(wanted * len(places) + 0.5))
         for places in ranked
@@ -154,23 +157,23 @@ def _linear(
 ) -> dict[str, float]:
     train = data.train.subset(positions)
     features = [
-        stored_features(context, part, size=options.size, maps=[options.map])[options.map].all()
+        stored_features(context, part, size=options.size, maps=[options.map])[options.map].all(
+            torch.float64
+        )
         for part in (train, data.val)
     ]
-    logits = solve(features[0], train.targets, features[1], len(data.classes), options.weight_decay)
+    logits = predict_logistic(
+        features[0], train.targets, features[1], len(data.classes), options.weight_decay
+    )
     return {f"top{k}": top_share(logits, data.val.targets, k) for k in (1, 5)}
 
 
 def _finetune(context: Context, names: Path, below: str, options: Options) -> dict[str, float]:
-    """Fine-tunes a copy of the trunk, so that the next split begins at the same weights."""
+    """Fine-tunes a copy of the trunk, so that the next split starts from the same weights."""
     from seer_scale.evaluation.tasks import finetune
 
-    try:
-        chosen = finetune.Options(**{**options.finetune, "train_list": str(names)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "finetune"
-        raise ConfigError(f"finetune.{key}: {first['msg']}") from None
+    given = {**options.finetune, "train_list": str(names)}
+    chosen = build(FinetuneOptions, given, where="lowshot with method=finetune: finetune.")
     own = replace(context, trunk=copy.deepcopy(context.trunk), folder=context.folder / below)
     result = finetune.run(own, chosen)
     return {name: result.metrics[name] for name in ("top1", "top5")}

@@ -1,8 +1,8 @@
 """Linear SVMs on features, one class against the rest: the VOC 2007 protocol of VISSL's benchmark.
 
-Features of unit length, squared hinge in the dual, positives counted twice, and the cost of each
-class chosen by cross-validation on the training part (Goyal et al., arXiv 1905.01235). scikit-learn
-solves; classes are dealt out to ranks.
+The features have unit length, the squared hinge loss is solved in the dual, positives count twice,
+and the cost of each class is chosen by cross-validation on the training part (Goyal et al., arXiv
+1905.01235). scikit-learn solves; each rank takes its share of the classes.
 """
 
 from __future__ import annotations
@@ -13,43 +13,32 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
 
 from seer_scale import distributed
 from seer_scale.errors import DataError, UserError
 from seer_scale.evaluation.datasets.voc import IGNORED, PRESENT, MultiLabelData, open_multi_label
 from seer_scale.evaluation.feature_store import stored_features
+from seer_scale.evaluation.options import SvmOptions
 from seer_scale.evaluation.scores import average_precision, average_precision_11_points
-from seer_scale.evaluation.task import Context, Result, TaskOptions
+from seer_scale.evaluation.task import Context, Result
 
 Floats = NDArray[np.float32]
 
 
-class Options(TaskOptions):
-    """What `svm` takes; the defaults are those of VOC 2007."""
-
-    costs: list[float] = Field(
-        default=[0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000],
-        min_length=1,
-        description="costs that are tried for each class",
-    )
-    folds: int = Field(default=3, ge=2, description="of the cross-validation")
-    positive_weight: float = Field(
-        default=2.0, gt=0, description="how often an image with the class counts"
-    )
-    max_iter: int = Field(default=2000, gt=0, description="passes of the solver at most")
-    size: int = Field(default=224, gt=0, description="side of the centre crop in pixels")
-    map: str = Field(default="avgpool", description="feature map; see docs/evaluation.md")
-    seed: int = Field(default=0, ge=0, description="of the solver's order")
+Options = SvmOptions
 
 
 def run(context: Context, options: Options) -> Result:
-    """Mean average precision over classes on the test part.
+    """Computes the mean average precision over classes on the test part.
 
     `map` is the area under the precision-recall steps (scikit-learn's definition); `map_11_points`
-    is VOC 2007's own.
+    is VOC 2007's own definition.
+
+    Raises:
+        DataError: labels or images cannot be used, or a class has too few images.
+        UserError: scikit-learn is not installed.
     """
-    data = open_multi_label(context.data, context.labels)
+    data = open_multi_label(context.data, context.labels, context.say)
     _check(data, options.folds)
     features = []
     for part in (data.train, data.val):
@@ -76,9 +65,16 @@ def run(context: Context, options: Options) -> Result:
 def judge_class(
     data: MultiLabelData, number: int, train: Floats, val: Floats, options: Options
 ) -> dict[str, Any]:
-    """Cost, average precisions and their cross-validated one of a class.
+    """Returns the cost, both average precisions and the cross-validated one of a class.
 
-    Images in which the class is only hard to see count neither in training nor in the test.
+    Images marked IGNORED for the class count neither in training nor in the test.
+
+    Args:
+        data: marks of both parts.
+        number: number of the class.
+        train: unit features [N, C] of the training part.
+        val: unit features [M, C] of the test part.
+        options: options of the task.
     """
     marks, truth = data.train.marks[:, number], data.val.marks[:, number]
     used, judged = marks != IGNORED, truth != IGNORED
@@ -96,9 +92,15 @@ def judge_class(
 def choose_cost(
     features: Floats, marks: NDArray[np.int8], options: Options
 ) -> tuple[float, float | None]:
-    """The cost of the best mean average precision over folds, and that; of equal ones the lowest.
+    """Returns the cost with the best mean average precision over the folds, and that precision.
 
-    None instead of the precision where there is only one cost.
+    The lowest of equally good costs wins. With a single cost nothing is validated: the precision is
+    None.
+
+    Args:
+        features: unit features [N, C].
+        marks: PRESENT or ABSENT for each image, int8 [N].
+        options: options of the task.
     """
     if len(options.costs) == 1:
         return options.costs[0], None
@@ -118,7 +120,11 @@ def choose_cost(
 
 
 def fit(features: Floats, marks: NDArray[np.int8], cost: float, options: Options) -> Any:
-    """A scikit-learn LinearSVC."""
+    """Fits a scikit-learn `LinearSVC`.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.svm import LinearSVC
@@ -133,20 +139,23 @@ def fit(features: Floats, marks: NDArray[np.int8], cost: float, options: Options
         random_state=options.seed,
     )
     with warnings.catch_warnings():
-        # The protocol stops there; high costs seldom converge.
+        # The protocol stops at max_iter; high costs seldom converge before.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return classifier.fit(features, marks)
 
 
 def _check(data: MultiLabelData, folds: int) -> None:
-    """Every class needs images of it and without it, in each fold and in the test part."""
+    """Refuses a class without enough images to train on, in every fold, or to test on."""
     for number, name in enumerate(data.classes):
         marks, truth = data.train.marks[:, number], data.val.marks[:, number]
         fewest = min(int((marks == sign).sum()) for sign in (PRESENT, -PRESENT))
         if fewest < folds:
             raise DataError(
-                f"class {name} has {fewest} training images with or without it: each of {folds} "
-                "folds needs one; add images or lower folds"
+                f"class {name} has {fewest} training images with or without it, but each of "
+                f"{folds} folds needs one: add images or lower folds"
             )
         if not (truth == PRESENT).any():
-            raise DataError(f"class {name} has no image in the test part: no precision is defined")
+            raise DataError(
+                f"class {name} has no image in the test part, so that its precision is undefined: "
+                "add an image or remove the class"
+            )

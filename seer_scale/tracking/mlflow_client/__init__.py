@@ -1,6 +1,7 @@
 """The only package that imports mlflow; importing it takes seconds; call `quiet.quieten` first."""
 
 from seer_scale.tracking.mlflow_client.checkpoints import find_checkpoints
+from seer_scale.tracking.mlflow_client.experiments import deleted_experiment
 from seer_scale.tracking.mlflow_client.models import (
     RegisteredVersion,
     current_uri,
@@ -16,6 +17,7 @@ __all__ = [
     "MlflowRun",
     "RegisteredVersion",
     "current_uri",
+    "deleted_experiment",
     "download_model",
     "find_checkpoints",
     "log_evaluation",

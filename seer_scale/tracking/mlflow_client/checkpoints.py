@@ -1,4 +1,4 @@
-"""The checkpoints that a run has logged, for `--resume mlflow:RUN_ID`."""
+"""Checkpoints that a run has logged, for `--resume mlflow:RUN_ID`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from seer_scale.tracking.uri import one_line, redact
 def find_checkpoints(run_id: str, uri: str, download_to: Path) -> list[Path]:
     """The checkpoints that a run has logged, newest first.
 
-    Those logged by reference are where they were written. Of those logged as copies, the newest
-    that is not there any more is downloaded.
+    Checkpoints logged by reference are where they were written. Of the checkpoints logged as
+    copies, the newest that no longer exists locally is downloaded.
 
     Args:
         run_id: of the MLflow run.

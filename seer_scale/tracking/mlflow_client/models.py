@@ -1,4 +1,4 @@
-"""Models of the registry: found, downloaded, registered, and whose run they are of."""
+"""Models of the MLflow registry: finds, downloads and registers them, and finds their run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from seer_scale.errors import UserError
+from seer_scale.tracking.context import context
 from seer_scale.tracking.mlflow_client.run import MlflowRun
 from seer_scale.tracking.uri import one_line, redact
 
 
 def download_model(source: str, uri: str) -> Path:
-    """The folder with the exported trunk of `models:/NAME@alias`, `/version` or `models:/<id>`.
+    """Downloads the exported trunk of `models:/NAME@alias`, `/version` or `models:/<id>`.
 
     Raises:
         UserError: if the server does not answer, or knows no such model.
@@ -37,14 +38,14 @@ def download_model(source: str, uri: str) -> Path:
             f"{source} is not to be had from {redact(uri)}: {one_line(error)}"
         ) from None
     if flavor.get("loader_module") != "seer_scale.serving":
-        raise UserError(f"{source} is no trunk that seer_scale logged")
+        raise UserError(f"{source} is not a trunk that seer_scale logged")
     return Path(folder) / str(flavor["data"])
 
 
 def _version_of(client: MlflowClient, source: str) -> tuple[str, str | None]:
     """Name and version of `models:/NAME@alias` or `/version`; of `models:/<id>` the id and None.
 
-    MLflow's own resolution of models:/ asks the process-wide registry, whatever it is given.
+    MLflow's own resolution of models:/ always asks the process-wide registry.
     """
     name, at, alias = source.removeprefix("models:/").partition("@")
     name, slash, version = (name, "", "") if at else name.partition("/")
@@ -84,7 +85,7 @@ def register_trunk(
     experiment: str,
     scratch: Path,
 ) -> str:
-    """Registers an exported trunk under its run, whose status stays, or under one of its own.
+    """Registers an exported trunk under its run, whose status stays, or under a new run.
 
     Args:
         uri: of the server, with credentials.
@@ -114,6 +115,7 @@ def register_trunk(
     try:
         if run_id is None:
             run.open(name, now)
+            run.set_tags(context())
         version = run.log_model(folder, step=step, tags={}, aliases=aliases)
         if run_id is None:
             run.finish("FINISHED", now)
@@ -132,7 +134,7 @@ class RegisteredVersion(NamedTuple):
 
 
 def newest_version(name: str, uri: str) -> RegisteredVersion:
-    """The version that `models:/NAME@latest` stands for.
+    """Finds the version behind `models:/NAME@latest`.
 
     Raises:
         UserError: if the server does not answer, or has no such model.
@@ -147,5 +149,5 @@ def newest_version(name: str, uri: str) -> RegisteredVersion:
 
 
 def current_uri() -> str | None:
-    """What the calling program gave to `mlflow.set_tracking_uri`, if it did."""
+    """URI that the calling program gave to `mlflow.set_tracking_uri`, or None."""
     return str(mlflow.get_tracking_uri()) if mlflow.tracking.is_tracking_uri_set() else None

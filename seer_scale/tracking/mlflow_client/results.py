@@ -1,4 +1,4 @@
-"""What is found out after a training: evaluations under its run, studies above it."""
+"""Results after training: evaluations below the run, studies above it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from seer_scale.errors import UserError
+from seer_scale.tracking.context import context
+from seer_scale.tracking.mlflow_client.database import make_database
+from seer_scale.tracking.mlflow_client.requests import found_or_created
 from seer_scale.tracking.mlflow_client.run import MlflowRun
 from seer_scale.tracking.uri import one_line, redact
 
 _STUDY_TAG = "seer_scale.study"
+_KNN = "eval/knn/top1"  # the metric that descriptions of models show
 _PARENT_TAG = "mlflow.parentRunId"  # what MLflow's pages nest by
 
 
@@ -27,7 +31,7 @@ def log_study(
     files: Sequence[Path],
     finished: bool,
 ) -> str:
-    """Keeps the parent run of a study: its children nested below it, its report beside it.
+    """Creates or updates the parent run of a study, with its child runs and its report.
 
     Args:
         uri: of the server.
@@ -44,14 +48,17 @@ def log_study(
     Raises:
         UserError: if the server does not answer, or refuses.
     """
+    make_database(uri)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         known = client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else client.create_experiment(experiment)
-        found = client.search_runs([number], f"tags.`{_STUDY_TAG}` = '{identity}'")
-        run = found[0] if found else client.create_run(number, run_name=name)
+        same = f"tags.`{_STUDY_TAG}` = '{identity}'"
+        run = found_or_created(
+            lambda: next(iter(client.search_runs([number], same)), None),
+            lambda: client.create_run(number, tags={_STUDY_TAG: identity}, run_name=name),
+        )
         run_id = str(run.info.run_id)
-        client.set_tag(run_id, _STUDY_TAG, identity)
         for child in children:
             client.set_tag(child, _PARENT_TAG, run_id)
         for file in files:
@@ -75,7 +82,7 @@ def log_evaluation(
     folder: str,
     scratch: Path,
 ) -> str:
-    """Logs metrics and files under a run, whose status stays as it is, or under one of its own.
+    """Logs metrics and files under a run, whose status stays, or under a new run.
 
     Args:
         uri: of the server, with credentials.
@@ -107,10 +114,13 @@ def log_evaluation(
     own = run_id is None
     if own:
         run.open(run_name, now)
+        run.set_tags(context())
         run.log_params(params)
     run.log_metrics((name, value, now, step) for name, value in metrics.items())
     for file in files:
         run.log_artifact(file, folder)
     if own:
         run.finish("FINISHED", now)
+    elif _KNN in metrics:
+        run.describe_knn(step, metrics[_KNN])
     return str(run.run_id)

@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         write_shapes(tmp_path / "few", train=5, val=50)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(DataError, match="full holds something already: name a new folder"):
+    with pytest.raises(DataError, match="full is not empty: name a new folder"):
         write_shapes(tmp_path / "full")
     assert not list(tmp_path.glob(".*"))
 
@@ -112,3 +112,9 @@ def test_the_script_writes_the_set(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(out), "--train", "12", "--val", "12", "--size", "32"]) == 0
     assert f"12 training and 12 validation images: {out}" in capsys.readouterr().out
     assert len(list(out.rglob("*.png"))) == 24
+    seeded = tmp_path / "seeded"
+    assert main([str(seeded), "--train", "12", "--val", "12", "--size", "32", "--seed", "3"]) == 0
+    asked = write_shapes(tmp_path / "asked", train=12, val=12, size=32, seed=3)
+    for path in asked.rglob("*.png"):
+        same = (seeded / path.relative_to(asked)).read_bytes() == path.read_bytes()
+        assert same, path

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from harness.pool import Distributed
 from seer_scale.errors import DataError, UserError
-from seer_scale.evaluation.datasets.coco import CocoPart, binary_masks, open_coco
+from seer_scale.evaluation.datasets.coco import CocoPart, Picture, corners, open_coco
 from seer_scale.evaluation.detect_batches import training_batches
 from seer_scale.evaluation.detect_score import average_precision
 from seer_scale.evaluation.detect_score import detect as find_objects
@@ -25,8 +26,6 @@ from seer_scale.models import build_trunk
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
 from tests.evaluation.objects import SIDE, write_objects
 from tests.evaluation.patterns import context
-
-Distributed = Callable[..., list[Any]]
 
 TINY: dict[str, Any] = {
     "iterations": 3,
@@ -67,12 +66,13 @@ def test_what_is_read_is_what_was_drawn(data: Path) -> None:
     train, _ = open_coco(str(data), masks=True)
     assert train.names == ["disc", "box", "triangle"]
     for picture in train.pictures:
-        masks = binary_masks(picture, picture.singles)
+        masks = train.masks(picture, picture.singles)
         assert masks.shape == (len(picture.singles), SIDE, SIDE)
-        for instance, mask in zip(picture.singles, masks, strict=True):
+        for single, mask in zip(picture.singles, masks, strict=True):
             rows, columns = np.nonzero(mask.numpy())
-            assert instance.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            assert instance.area == mask.sum()
+            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert corners(single) == box
+            assert single["area"] == mask.sum()
 
 
 def flipped_back(image: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,9 +89,7 @@ def test_batches_follow_from_the_seed_and_flips_move_everything(data: Path) -> N
         by_pixels[image.sum().item()] = picture
 
     def first(start: int) -> list[Any]:
-        stream = training_batches(
-            train.pictures, batch=5, first=start, seed=3, masks=True, workers=2
-        )
+        stream = training_batches(train, batch=5, first=start, seed=3, masks=True, workers=2)
         return [next(stream), next(stream)]
 
     epochs = first(0)
@@ -99,16 +97,16 @@ def test_batches_follow_from_the_seed_and_flips_move_everything(data: Path) -> N
     flips = 0
     for (image, target), (same, _) in zip(epochs[1], again[0], strict=True):
         assert torch.equal(image, same)
-        picture = min(by_pixels, key=lambda total: abs(total - image.sum().item()))
-        picture = by_pixels[picture]
+        nearest = min(by_pixels, key=lambda total: abs(total - image.sum().item()))
+        picture = by_pixels[nearest]
         straight = torch.from_numpy(np.array(picture.read())).permute(2, 0, 1) / 255
         seen = {"image": image, **target}
         if not torch.equal(image, straight):
             seen = flipped_back(image, target)
             flips += 1
         assert torch.equal(seen["image"], straight)
-        assert seen["boxes"].tolist() == [list(i.box) for i in picture.singles]
-        assert torch.equal(seen["masks"], binary_masks(picture, picture.singles))
+        assert seen["boxes"].tolist() == [list(corners(single)) for single in picture.singles]
+        assert torch.equal(seen["masks"], train.masks(picture, picture.singles))
     assert 0 < flips < 5
 
 
@@ -118,13 +116,13 @@ def perfect(part: CocoPart) -> list[dict[str, Any]]:
 
     found = []
     for picture in part.pictures:
-        masks = binary_masks(picture, picture.singles).numpy()
-        for instance, mask in zip(picture.singles, masks, strict=True):
-            left, top, right, bottom = instance.box
+        masks = part.masks(picture, picture.singles).numpy()
+        for single, mask in zip(picture.singles, masks, strict=True):
+            left, top, right, bottom = corners(single)
             found.append(
                 {
                     "image_id": picture.id,
-                    "category_id": part.categories[instance.label - 1][0],
+                    "category_id": single["category_id"],
                     "bbox": [left, top, right - left, bottom - top],
                     "score": 0.9,
                     "segmentation": rle.encode(np.asfortranarray(mask)),
@@ -137,7 +135,7 @@ def test_average_precision_of_known_answers(data: Path) -> None:
     _, val = open_coco(str(data), masks=True)
     found = perfect(val)
     for kind in ("bbox", "segm"):
-        numbers, by_category = average_precision(val, found, kind)  # type: ignore[arg-type]
+        numbers, by_category = average_precision(val, found, kind)
         assert set(numbers.values()) == {1.0}
         assert set(by_category.values()) == {1.0}
     none, _ = average_precision(val, [], "bbox")
@@ -174,11 +172,11 @@ def test_crowds_are_neither_trained_on_nor_counted_against(data: Path, tmp_path:
         )
 
     train, _ = open_coco(str(edited(data, tmp_path, make_crowd)), masks=True)
-    objects = sum(len(picture.instances) for picture in train.pictures)
+    objects = sum(len(picture.annotations) for picture in train.pictures)
     assert sum(len(picture.singles) for picture in train.pictures) == objects - 1
     found = perfect(train)
-    crowd = train.pictures[0].instances[0]
-    found.append({**found[0], "category_id": train.categories[crowd.label - 1][0], "score": 0.99})
+    crowd = train.pictures[0].annotations[0]
+    found.append({**found[0], "category_id": crowd["category_id"], "score": 0.99})
     found[-1] = {**found[-1], "image_id": train.pictures[0].id, "bbox": [4, 4, 30, 30]}
     numbers, _ = average_precision(train, found, "bbox")
     assert numbers["box_ap"] == 1.0  # what lies in a crowd is no mistake
@@ -191,11 +189,11 @@ def test_crowds_are_neither_trained_on_nor_counted_against(data: Path, tmp_path:
         (lambda c: c["annotations"][0].update(image_id=1), "is of image 1, which the file does"),
         (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has no bbox of four numbers"),
         (lambda c: c["annotations"][0].pop("segmentation"), "no segmentation.*masks=false"),
-        (lambda c: c["images"][0].update(file_name="gone.png"), r"gone\.png is not there"),
+        (lambda c: c["images"][0].update(file_name="gone.png"), r"gone\.png is missing"),
         (lambda c: c["images"].clear(), "lists no images"),
         (lambda c: c["annotations"].clear(), "has no objects"),
         (lambda c: c["categories"].append({"id": 20, "name": "ring"}), "different categories"),
-        (lambda c: c.pop("categories"), "no COCO annotation file: 'categories' is missing"),
+        (lambda c: c.pop("categories"), "not a COCO annotation file: 'categories' is missing"),
     ],
 )
 def test_wrong_annotations_are_one_sentence(
@@ -206,7 +204,7 @@ def test_wrong_annotations_are_one_sentence(
 
 
 def test_missing_files_are_one_sentence(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder with `train`"):
+    with pytest.raises(DataError, match="is not a folder with `train`"):
         open_coco(str(tmp_path / "nowhere"), masks=True)
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="no annotations of `train`"):
@@ -222,7 +220,7 @@ def test_missing_files_are_one_sentence(data: Path, tmp_path: Path) -> None:
 
 def test_an_image_of_another_size_is_named(data: Path) -> None:
     picture = open_coco(str(data), masks=True)[0].pictures[0]
-    other = type(picture)(picture.id, picture.path, SIDE + 1, SIDE, picture.instances)
+    other = Picture(picture.id, picture.path, SIDE + 1, SIDE, picture.annotations)
     with pytest.raises(DataError, match=r"000\.png has 128 x 128 pixels.* say 128 x 129"):
         other.read()
 
@@ -244,7 +242,7 @@ def test_options_that_do_not_fit(
 @pytest.mark.parametrize("sync", [True, False])
 def test_every_stage_feeds_the_pyramid(trunk: str, sync: bool) -> None:
     backbone = build_trunk(trunk)
-    detector = build_detector(
+    detector: Any = build_detector(
         backbone,
         classes=3,
         masks=True,
@@ -270,7 +268,7 @@ def test_every_stage_feeds_the_pyramid(trunk: str, sync: bool) -> None:
 def scores(folder: str, data: str) -> tuple[dict[str, float], int]:
     """What a detector that is the same everywhere finds."""
     torch.manual_seed(0)
-    detector = build_detector(
+    detector: Any = build_detector(
         build_trunk("regnety_debug"),
         classes=3,
         masks=True,
@@ -290,6 +288,23 @@ def scores(folder: str, data: str) -> tuple[dict[str, float], int]:
     # AP of an untrained one may be 0: boxes and scores have to agree too.
     total = sum(round(1e6 * each["score"]) + round(sum(each["bbox"]) * 100) for each in found)
     return numbers, total
+
+
+def test_a_box_is_written_by_its_corner_and_its_sides(data: Path) -> None:
+    """As COCO has it; a detector of torchvision gives two corners, and labels from 1 on."""
+
+    class Finds(nn.Module):
+        def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            assert len(images) == 1
+            boxes, scores = torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([0.5])
+            return [{"boxes": boxes, "labels": torch.tensor([2]), "scores": scores}]
+
+    _, val = open_coco(str(data), masks=False)
+    found = find_objects(Finds(), val, torch.device("cpu"))
+    assert [each["image_id"] for each in found] == [picture.id for picture in val.pictures]
+    for each in found:
+        assert each["bbox"] == [10.0, 20.0, 20.0, 40.0]
+        assert (each["category_id"], each["score"]) == (val.categories[1][0], 0.5)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -354,6 +369,4 @@ def test_the_picture_reader_takes_what_exif_turned(tmp_path: Path) -> None:
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "a.jpg", exif=exif)
-    from seer_scale.evaluation.datasets.coco import Picture
-
     assert Picture(1, tmp_path / "a.jpg", 20, 40, ()).read().size == (40, 20)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from seer_scale.evaluation.tasks.knn import knn_top1
+from seer_scale.evaluation.datasets.labelled import open_labelled
+from seer_scale.evaluation.feature_store import BLOCK, StoredFeatures, block_path, stored_features
+from seer_scale.evaluation.tasks import knn
+from seer_scale.evaluation.tasks.knn import _nearest_of_all, knn_top1
+from tests.evaluation.contexts import context
 
 
 def slow_knn(
@@ -89,3 +96,60 @@ def test_ties_are_decided_the_same_way_every_time() -> None:
     assert chosen == [0]  # the first
     halves = {knn_top1(bank, labels, queries, truth, k=7) for _ in range(5)}
     assert len(halves) == 1
+
+
+def at_angles(folder: Path, steps: Tensor, count: int) -> StoredFeatures:
+    """Features of two numbers, of any length, at angles of `steps` / `count` of a circle."""
+    angles = 2 * math.pi * steps / count
+    length = 1 + 9 * torch.rand(len(steps), 1, generator=torch.Generator().manual_seed(2))
+    rows = (torch.stack([angles.cos(), angles.sin()], dim=1) * length).float().numpy()
+    folder.mkdir()
+    for number in range(-(-len(rows) // BLOCK)):
+        np.save(block_path(folder, number), rows[number * BLOCK : (number + 1) * BLOCK])
+    return StoredFeatures(folder, len(rows), 2)
+
+
+def test_neighbours_in_every_block_of_a_bank_are_those_of_the_smallest_angles(
+    tmp_path: Path,
+) -> None:
+    count, asked, k = 2 * BLOCK + 88, BLOCK + 44, 5  # three blocks and two
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(count, generator=generator).double()
+    # Near the third part of a step: the angles of two neighbours differ by a third of a step.
+    queries = torch.randint(0, count, (asked,), generator=generator).double() + 0.3
+    bank = at_angles(tmp_path / "bank", places, count)
+    cosines, numbers = _nearest_of_all(
+        bank, at_angles(tmp_path / "queries", queries, count), k, torch.device("cpu")
+    )
+    away = (queries[:, None] - places).abs()
+    away = torch.minimum(away, count - away)  # [queries, bank], in steps
+    expected = away.argsort(dim=1)[:, :k]
+    assert torch.equal(numbers, expected)
+    steps = away.gather(1, expected)
+    torch.testing.assert_close(cosines, (2 * math.pi / count * steps).cos().float())
+
+
+def test_every_setting_of_a_sweep_is_its_own(few_shapes: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    own, data = context(few_shapes, tmp_path), open_labelled(str(few_shapes))
+    own = replace(own, say=said.append)
+    settings = [(k, temperature) for temperature in (0.005, 1.0) for k in (1, 96)]
+    result = knn.run(own, knn.Options(k=[1, 96], temperature=[0.005, 1.0], size=32))
+    bank, queries = (
+        stored_features(own, part, size=32)["avgpool"].all().double()
+        for part in (data.train, data.val)
+    )
+    expected = [
+        slow_knn(bank, data.train.targets, queries, data.val.targets, k, temperature)
+        for k, temperature in settings
+    ]
+    sweep = result.details["sweep"]
+    assert [(row["k"], row["temperature"]) for row in sweep] == settings
+    assert [row["top1"] for row in sweep] == expected
+    assert len(set(expected)) >= 3  # settings that change nothing would tell nothing
+    assert result.metrics["top1"] == max(row["top1"] for row in sweep)
+    # The choice is an advantage, and is told; a single setting chooses nothing.
+    assert "the best of 4 settings on the validation images themselves" in said[-1]
+    said.clear()
+    knn.run(own, knn.Options(k=[1], temperature=[1.0], size=32))
+    assert not any("settings" in line for line in said)

@@ -1,4 +1,4 @@
-"""Low-shot splits: nested, stratified, written down; a given list; and what is wrong with one."""
+"""Low-shot splits are nested, stratified and written; a given list is read, mistakes are named."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from seer_scale.evaluation.feature_store import stored_features
 from seer_scale.evaluation.tasks import lowshot
 from seer_scale.evaluation.tasks.lowshot import Options, splits, write_names
 from tests.evaluation.contexts import context
+from tests.evaluation.test_labelled import write_set
 
 
+@pytest.mark.long
 def test_splits_are_nested_and_keep_every_class(shapes: Path) -> None:
     data = open_labelled(str(shapes))
     options = Options(fractions=[0.01, 0.1, 1.0], per_class=[1, 3], seeds=[0, 1])
@@ -45,7 +47,7 @@ def test_a_split_hangs_on_names_not_on_the_order(shapes: Path) -> None:
 
 def test_the_classifier_is_scikit_learns_on_the_split(few_shapes: Path, tmp_path: Path) -> None:
     own = context(few_shapes, tmp_path)
-    options = Options(fractions=[], per_class=[2, 6], size=32)
+    options = Options(fractions=[], per_class=[2, 6], size=32, weight_decay=0.3)
     result = lowshot.run(own, options)
     data = open_labelled(str(few_shapes))
     val = stored_features(own, data.val, size=32)["avgpool"].all().double().numpy()
@@ -53,7 +55,7 @@ def test_the_classifier_is_scikit_learns_on_the_split(few_shapes: Path, tmp_path
         part = data.train.subset(chosen)
         train = stored_features(own, part, size=32)["avgpool"].all().double().numpy()
         scaler = StandardScaler().fit(train)
-        model = LogisticRegression(C=1 / (1e-2 * len(part)), max_iter=5000, tol=1e-8)
+        model = LogisticRegression(C=1 / (0.3 * len(part)), max_iter=5000, tol=1e-8)
         model.fit(scaler.transform(train), part.targets)
         expected = model.score(scaler.transform(val), data.val.targets)
         assert result.metrics[f"top1_{name}"] == pytest.approx(expected, abs=1 / 48 + 1e-9)
@@ -76,11 +78,19 @@ def test_a_split_is_written_and_read_back(few_shapes: Path, tmp_path: Path) -> N
     assert read_names(str(tmp_path / "two.txt"), data.train).tolist() == [3, 40]
 
 
+def test_a_written_list_tells_images_of_nested_folders_apart(tmp_path: Path) -> None:
+    """In Tiny-ImageNet's layout the last two names of a path do not tell the class."""
+    data = open_labelled(str(write_set(tmp_path / "set", "{name}/images")))
+    write_names(tmp_path / "two.txt", data.train, np.array([1, 5]))
+    assert (tmp_path / "two.txt").read_text() == "n01/images/1.JPEG\nn02/images/1.JPEG\n"
+    assert read_names(str(tmp_path / "two.txt"), data.train).tolist() == [1, 5]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (None, "cannot be read"),
-        ("\n", "is empty: one image's name per line"),
+        ("\n", "is empty: it needs the name of one image per line"),
         ("disc/nothing.png\n", r"names 1 images that are not in the training part \(disc/nothing"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_the_figures_are_scikit_learns_own(voc: Path, tmp_path: Path) -> None:
     assert result.metrics["map"] > 0.3  # a sixth and a quarter of the images have the classes
 
 
-def context_of(own, data: Path):
+def context_of(own: Any, data: Path) -> Any:
     from dataclasses import replace
 
     return replace(own, data=str(data))
@@ -98,8 +99,8 @@ def test_a_labelled_folder_is_one_class_against_the_rest(few_shapes: Path, tmp_p
     [
         ("round_test.txt", None, r"round_test\.txt cannot be read"),
         ("round_test.txt", "", r"round_test\.txt is empty"),
-        ("round_test.txt", "x 2\n", r"line 1: 'x 2' is not an image and 1, -1 or 0"),
-        ("round_test.txt", "other 1\n", "lists other images than hollow_test.txt"),
+        ("round_test.txt", "x 2\n", r"line 1: 'x 2' is not an image's name and 1, -1 or 0"),
+        ("round_test.txt", "other 1\n", "does not list the same images as hollow_test.txt"),
     ],
 )
 def test_what_is_wrong_with_voc_is_named(

@@ -1,4 +1,4 @@
-"""Transfer: the task it names, with that task's options, beats a floor."""
+"""Transfer runs the task of its method with that task's options, and beats a floor."""
 
 from __future__ import annotations
 
@@ -40,5 +40,7 @@ def test_the_published_schedules_are_options() -> None:
 
 def test_another_task_s_option_is_named(tmp_path: Path) -> None:
     options = transfer.Options(method="finetune", options={"k": 20})
-    with pytest.raises(UserError, match=r"method=finetune: k is not possible.*takes epochs, batch"):
+    with pytest.raises(
+        UserError, match=r"method=finetune: options\.k is not a key: the keys are epochs, batch"
+    ):
         transfer.run(context(tmp_path, tmp_path), options)

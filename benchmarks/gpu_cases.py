@@ -1,0 +1,202 @@
+"""Cases of `make gpu-check` beside the parity matrix, where a GPU's answer may differ from a CPU's.
+
+Each runs on every rank of a process group, on the device that it is given, and returns what is
+wrong, or None. A CPU runs the same code, so that its logic is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness import parity
+from seer_scale import distributed
+from seer_scale.objectives.swav import SwAV
+from seer_scale.optim.slice_sgd import apply_schedule
+from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
+
+MINUTES = 77.0  # the groups' timeout, which is no default of torch or DeepSpeed
+ROWS, CHANNELS = 3, 5  # images of a rank in the cases of BatchNorm
+# Sums of float32 in another order; the oracle is float64.
+TOLERANCE = 1e-4
+LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
+    "contiguous": ((CHANNELS, 6, 4), torch.contiguous_format),
+    "channels_last": ((CHANNELS, 6, 4), torch.channels_last),
+    "1x1": ((CHANNELS, 1, 1), torch.channels_last),
+    "[N, C]": ((CHANNELS,), torch.contiguous_format),
+}
+# Factor of the loss, and whether it is that of one rank alone.
+KINDS = {
+    "NaN loss": (math.nan, False),
+    "NaN gradient on one rank": (math.nan, True),
+    "infinite gradient on one rank": (math.inf, True),
+}
+# Offload to NVMe decides tensor by tensor.
+SKIPPING = [name for name in parity.CASES | parity.GPU_CASES if "nvme" not in name]
+
+
+class Extra(NamedTuple):
+    """A case.
+
+    Attributes:
+        run: takes this rank's device; returns what is wrong, or None.
+        strategy: case of the parity matrix whose strategy it needs; None for no strategy.
+    """
+
+    run: Callable[[torch.device], str | None]
+    strategy: str | None = None
+
+
+def extras() -> dict[str, Extra]:
+    """Lists the cases by name, in the order of running; those of one strategy are neighbours."""
+    return {name: Extra(*rest) for name, *rest in _extras()}
+
+
+def _extras() -> Iterator[tuple[Any, ...]]:
+    for layout in LAYOUTS:
+        for size, words in ((0, "all ranks"), (2, "groups of 2"), (1, "one rank")):
+            yield f"syncbn {layout}, {words}", partial(batchnorm, layout, size)
+    yield "pinned images", pinned_images
+    yield "momentum on the host", momentum_on_host, "ddp"
+    for strategy in SKIPPING:
+        for kind in KINDS:
+            yield f"skip {strategy}, {kind}", partial(skip, strategy, kind), strategy
+        yield f"timeouts {strategy}", partial(timeouts, strategy), strategy
+
+
+def batchnorm(layout: str, group_size: int, device: torch.device) -> str | None:
+    """Compares a synchronised layer with torch's own in float64 over the batch of its group."""
+    shape, memory_format = LAYOUTS[layout]
+    world, rank = distributed.world_size(), distributed.rank()
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn((2, world * ROWS, *shape), generator=generator, dtype=torch.float64) + 3
+    size = group_size or world
+    first = rank // size * size
+    members = slice(first * ROWS, min(first + size, world) * ROWS)
+    expected = _run(_layer(torch.float64, len(shape)), x[members], grad[members])
+    synced = convert_sync_batchnorm(_layer(torch.float32, len(shape)), group_size).to(device)
+    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    parts = [part[mine].float().to(device) for part in (x, grad)]
+    if len(shape) == 3:
+        parts = [part.contiguous(memory_format=memory_format) for part in parts]
+    found = _run(synced, parts[0], parts[1])
+    inside = slice((rank - first) * ROWS, (rank - first + 1) * ROWS)
+    wanted = {
+        "output": expected["output"][inside],
+        "gradient": expected["gradient"][inside],
+        "running mean": expected["running mean"],
+        "running variance": expected["running variance"],
+    }
+    worst = {name: float((found[name].cpu() - value).abs().max()) for name, value in wanted.items()}
+    wrong = [f"{name} differs by {d:.1e}" for name, d in worst.items() if not d <= TOLERANCE]
+    return "; ".join(wrong) or None
+
+
+def _layer(dtype: torch.dtype, dims: int) -> nn.Sequential:
+    norm = (nn.BatchNorm2d if dims == 3 else nn.BatchNorm1d)(CHANNELS, dtype=dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+        norm.bias.copy_(torch.linspace(-1, 1, CHANNELS))
+    return nn.Sequential(norm)
+
+
+def _run(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.backward(grad)
+    assert x.grad is not None
+    buffers = dict(model.named_buffers())
+    return {
+        "output": y.detach(),
+        "gradient": x.grad,
+        "running mean": buffers["0.running_mean"],
+        "running variance": buffers["0.running_var"],
+    }
+
+
+def skip(strategy: str, kind: str, device: torch.device) -> str | None:
+    """Takes a good step, one that must not count, and a good one, with a strategy."""
+    case = parity.CASES.get(strategy) or parity.GPU_CASES[strategy]
+    factor, alone = KINDS[kind]
+    config = parity.configuration(case)
+    engine = parity.build_engine(case, config, device)
+    objective = SwAV(crops=sum(parity.CROPS))
+    apply_schedule(engine.param_groups, lr=parity.LR)
+
+    def values() -> dict[str, list[Tensor]]:
+        return {part.name: [part.values.clone(), part.momentum.clone()] for part in engine.slices()}
+
+    def step(number: int, times: float) -> float:
+        loss, _ = objective(*engine(parity.my_crops(number, device), None))
+        engine.backward(loss * times)
+        norm = engine.step()
+        assert norm is not None
+        return float(norm)
+
+    step(0, 1.0)
+    before = values()
+    mine = factor if not alone or distributed.rank() == distributed.world_size() - 1 else 1.0
+    norm = step(1, mine)
+    after = values()
+    moved = [
+        name
+        for name in before
+        if not all(map(torch.equal, before[name], after[name]))  # bit for bit
+    ]
+    wrong = [f"it moved {len(moved)} tensors, {moved[0]} first"] if moved else []
+    if math.isfinite(norm):
+        wrong.append(f"its gradient's norm is {norm}, so that it counts as good")
+    if not math.isfinite(last := step(2, 1.0)):
+        wrong.append(f"the norm of the good step behind it is {last}")
+    elif all(map(torch.equal, next(iter(values().values())), next(iter(after.values())))):
+        wrong.append("the good step behind it moved nothing")
+    return "; ".join(wrong) or None
+
+
+def momentum_on_host(device: torch.device) -> str | None:
+    """Compares three steps whose momentum is in pinned host memory with three on the device."""
+    kept = []
+    for on_host in (True, False):
+        case = parity.CASES["ddp"]
+        config = parity.configuration(case, optim={"momentum_on_host": on_host, "larc": True})
+        engine = parity.build_engine(case, config, device)
+        parity.run(engine, config, 3, device)
+        parts = list(engine.slices())
+        kept.append([part.values.clone() for part in parts])
+        pinned = [part.momentum.device.type == "cpu" for part in parts]
+        if on_host and not all(pinned):
+            return "a momentum is on the GPU"
+        if on_host and device.type == "cuda" and not all(p.momentum.is_pinned() for p in parts):
+            return "a momentum on the host is not pinned"
+    same = all(map(torch.equal, *kept))
+    return None if same else "weights differ from those of a momentum on the GPU"
+
+
+def pinned_images(device: torch.device) -> str | None:
+    """Copies pixels from pinned memory as the loader does, and compares them."""
+    pixels = torch.arange(3 * 64 * 64, dtype=torch.uint8).view(1, 64, 64, 3)
+    source = pixels.pin_memory() if device.type == "cuda" else pixels
+    if device.type == "cuda" and not source.is_pinned():
+        return "memory is not pinned"
+    copied = source.to(device, non_blocking=True)
+    return None if torch.equal(copied.cpu(), pixels) else "the copy has other pixels"
+
+
+def timeouts(strategy: str, device: torch.device) -> str | None:
+    """Lists the timeouts of all process groups that a strategy leaves; they are the run's."""
+    case = parity.CASES.get(strategy) or parity.GPU_CASES[strategy]
+    config = parity.configuration(case, sharding={**case.sharding, "sync_bn_group_size": 2})
+    parity.build_engine(case, config, device)
+    found = [
+        group._get_backend(device).options._timeout / timedelta(minutes=1)
+        for group in dist.distributed_c10d._world.pg_map
+    ]
+    wrong = sorted({minutes for minutes in found if minutes != MINUTES})
+    return f"groups wait {wrong} minutes, not {MINUTES}" if wrong else None

@@ -1,0 +1,235 @@
+"""Counts what a step costs the host, by strategy, ranks and model; needs neither GPUs nor ranks.
+
+    python benchmarks/step_ledger.py [--models MODEL ...] [--strategies STRATEGY ...]
+                                     [--ranks RANKS ...] [--write]
+
+Each cell is a process of its own that is one rank of torch's fake process group, which sends
+nothing. Two ways, each for what it can:
+
+- `gpu`: tensors without memory on a GPU that does not exist. Counts are those of a step on CUDA;
+  no seconds, since such a tensor costs the host more than a real one. Not for DeepSpeed, whose
+  buffers need memory.
+- `cpu`: real tensors, two images of 32 pixels. CPU seconds of the process for one step, the median
+  of three; small kernels are in them, the same for every number of ranks. Not for the models that
+  no CPU holds.
+
+The reducer of torch's DDP has no fake group: its all-reduces, one a bucket, are left out, and so
+are its seconds. `--write` puts the results into benchmarks/results/ and docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a clone works without installing the package
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks import record  # noqa: E402
+from harness import engines  # noqa: E402
+from harness.calls import Calls  # noqa: E402
+from harness.fake_gpu import GPU, fake_gpu  # noqa: E402
+from harness.fake_ranks import fake_ranks  # noqa: E402
+from seer_scale.config import RunConfig  # noqa: E402
+from seer_scale.config.ds_config import ds_config_of  # noqa: E402
+from seer_scale.config.recipe import parse  # noqa: E402
+from seer_scale.optim.slice_sgd import apply_schedule  # noqa: E402
+from seer_scale.train import build  # noqa: E402
+from seer_scale.train.build_engine import engine_of  # noqa: E402
+
+COMMAND = "python benchmarks/step_ledger.py --write"
+DOCUMENT = ROOT / "docs" / "performance.md"
+MODELS = ("regnety_1_6gf", "seer_256gf", "seer_rg10b")
+STRATEGIES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+RANKS = (2, 64, 512)
+NODE = 8  # ranks of a node, which share a copy of the model under hsdp
+ALLOWED = {("slice_sgd.py", "_whole_norms"): 1.0}  # float16's question about the gradient
+STEPS = 3
+Way = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy of one model at one number of ranks.
+
+    Attributes:
+        model: trunk, or recipe of a whole model.
+        strategy: strategy, with ZeRO's stage.
+        ranks: ranks of the fake group.
+        way: gpu or cpu; see above.
+        aten: calls into ATen of a step, views included.
+        collectives: calls of a step by kind.
+        sent: MiB of a step by kind: the whole tensor of a gather, of a scatter or of a reduction.
+        seconds: CPU seconds of a step; None for the way gpu.
+        problem: why there are no figures.
+    """
+
+    model: str
+    strategy: str
+    ranks: int
+    way: Way
+    aten: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    problem: str = ""
+
+
+def configuration(model: str, strategy: str, ranks: int, way: Way) -> RunConfig:
+    """Configures a cell: a recipe as it is, or a trunk under SwAV's recipe with small crops."""
+    arguments = [a for a in engines.STRATEGIES[strategy] if "shard_size" not in a]
+    if strategy == "hsdp":
+        arguments.append(f"sharding.shard_size={min(NODE, ranks)}")
+    if model not in MODELS[1:]:
+        small = engines.TINY if way == "cpu" else ()
+        return engines.configuration(*arguments, *small, f"model.trunk={model}")
+    return parse(
+        ["--recipe", model, *arguments], recipes=ROOT / "launch" / "recipes", ranks=ranks
+    ).config
+
+
+def measure(model: str, strategy: str, ranks: int, way: Way) -> Cell:
+    """Measures a cell in this process, which can do it once: it is changed for good."""
+    cell = Cell(model, strategy, ranks, way)
+    os.chdir(ROOT)  # where DeepSpeed's configurations are found
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(min(NODE, ranks)))
+    config = configuration(model, strategy, ranks, way)
+    try:
+        with fake_ranks(ranks, 0), _device(way) as device:
+            return _measured(cell, config, device)
+    except Exception as error:
+        return Cell(**{**asdict(cell), "problem": f"{type(error).__name__}: {error}"[:300]})
+
+
+@contextmanager
+def _device(way: Way) -> Iterator[torch.device]:
+    alone = patch("seer_scale.parallel.engine.wrap_ddp", lambda model, _: model)
+    with alone:
+        if way == "cpu":
+            yield torch.device("cpu")
+        else:
+            with fake_gpu(ALLOWED):
+                yield GPU
+
+
+def _measured(cell: Cell, config: RunConfig, device: torch.device) -> Cell:
+    engine: Any = engine_of(config, _ones, ds_config_of(config, cell.ranks), device)
+    apply_schedule(engine.param_groups, lr=0.0)
+    objective = build.objective_of(config)
+
+    def step() -> None:
+        crops = [
+            torch.ones(count, 3, size, size, device=device)
+            for count, size in engines.images_of(config)
+        ]
+        for _ in range(config.train.gradient_accumulation):
+            loss, _ = objective(*engine(crops, None))
+            engine.backward(loss)
+            engine.step()
+
+    step()  # makes the momentum and the buckets
+    with Calls() as calls:
+        step()
+    seconds = [_cpu_seconds(step) for _ in range(STEPS)] if cell.way == "cpu" else []
+    return Cell(
+        cell.model,
+        cell.strategy,
+        cell.ranks,
+        cell.way,
+        calls.aten,
+        dict(calls.collectives),
+        {kind: round(size / 2**20, 1) for kind, size in calls.bytes.items()},
+        statistics.median(seconds) if seconds else None,
+    )
+
+
+def _cpu_seconds(function: Callable[[], None]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def _ones(_: object) -> Callable[[str, int, int], Tensor]:
+    return lambda name, start, stop: torch.ones(stop - start)
+
+
+def cells(
+    models: Sequence[str], strategies: Sequence[str], ranks: Sequence[int]
+) -> Iterator[tuple[str, str, int, Way]]:
+    """Lists the cells that are possible."""
+    for model in models:
+        for strategy in strategies:
+            for count in ranks:
+                if not strategy.startswith("zero"):
+                    yield model, strategy, count, "gpu"
+                if model not in MODELS[1:]:
+                    yield model, strategy, count, "cpu"
+
+
+def measure_alone(wanted: Sequence[tuple[str, str, int, Way]]) -> Iterator[Cell]:
+    """Measures cells one after the other, each in a process of its own."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for one in wanted:
+            yield pool.submit(measure, *one).result()
+
+
+def table(found: Sequence[Cell]) -> str:
+    """Writes cells as Markdown."""
+    rows = []
+    for cell in found:
+        kinds = [
+            f"{number} {kind} ({cell.sent[kind]:,.1f})" for kind, number in cell.collectives.items()
+        ]
+        seconds = "" if cell.seconds is None else f"{cell.seconds:.2f}"
+        text = cell.problem or ", ".join(kinds) or "none"
+        rows.append(
+            [
+                f"`{cell.model}`",
+                cell.strategy,
+                cell.ranks,
+                cell.way,
+                f"{cell.aten:,}",
+                seconds,
+                text,
+            ]
+        )
+    head = ["model", "strategy", "ranks", "way", "ATen calls", "CPU s", "collectives (MiB)"]
+    return record.markdown(head, rows)
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="MODEL")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--write", action="store_true", help="write the JSON and the docs")
+    options = parser.parse_args()
+    found = []
+    for cell in measure_alone(list(cells(options.models, options.strategies, options.ranks))):
+        found.append(cell)
+        print(table([cell]).splitlines()[-1], flush=True)
+    if options.write:
+        env = record.environment()
+        record.save("step_ledger", COMMAND, {"cells": [asdict(cell) for cell in found]})
+        record.put_into(DOCUMENT, "step ledger", f"{record.in_words(env)}.\n\n{table(found)}")
+    return 1 if any(cell.problem for cell in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

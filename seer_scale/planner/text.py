@@ -1,0 +1,181 @@
+"""A plan and a search as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from seer_scale.config.batches import in_ranks
+from seer_scale.planner.memory import GIB
+from seer_scale.planner.planned import Plan
+from seer_scale.planner.search import Found
+
+SHOWN = 12  # lines of a search
+
+
+def describe(plan: Plan, price: float | None = None) -> str:
+    """Writes a plan; one that does not fit says so before all figures, and has no command.
+
+    Args:
+        plan: the plan.
+        price: price of a GPU for an hour; None leaves the price out.
+    """
+    layout, batch, terms = plan.layout, plan.batch, plan.time
+    shape, flops = plan.shape, plan.flops
+    sent = {**plan.bytes_per_step, "total": sum(plan.bytes_per_step.values())}
+    spent = {**vars(terms), "total": terms.total}
+    group = layout.group_ranks(layout.sync_bn_group_size)
+    lines = [
+        f"{plan.recipe}: {plan.model.trunk} on {layout.nodes} x {layout.gpus_per_node} ranks, each "
+        f"{plan.hardware.name}: {verdict(plan)}",
+        f"{plan.images:,} images: {plan.steps:,} steps of {plan.global_batch:,} = "
+        f"{batch.micro_batch_size} images x {in_ranks(plan.world)} x "
+        f"{batch.gradient_accumulation} micro-batches",
+        f"{plan.strategy}, checkpointing {plan.activation_checkpointing}, SyncBatchNorm groups of "
+        f"{in_ranks(group)}, {batch.precision}",
+        *[f"note: {note}" for note in plan.notes],
+        "",
+        f"parameters       {shape.total:,} = trunk {shape.trunk:,} + head {shape.head:,} + "
+        f"prototypes {shape.prototypes:,}",
+        f"GFLOP per image  {rounded(flops.training / 1e9)} forward and backward, "
+        f"{rounded(flops.recompute / 1e9)} recomputed; forward per crop: "
+        + ", ".join(f"{size} px {rounded(count / 1e9)}" for size, count in flops.by_size.items()),
+        *block("memory of a rank", plan.memory.gib(), ("GiB", 1), ("MiB", 1024)),
+        f"  {'available':<16}{plan.hardware.usable_gib:12,.2f} GiB",
+        *block("sent by a rank in a step", sent, ("GB", 1e-9), ("MB", 1e-6)),
+        *block("time of a step", spent, ("s", 1), ("ms", 1e3)),
+        "",
+        cost(plan, price),
+        scope(plan),
+    ]
+    if plan.fits:
+        lines += ["", plan.command]
+    return "\n".join(lines)
+
+
+def block(
+    title: str, figures: Mapping[str, float], large: tuple[str, float], small: tuple[str, float]
+) -> list[str]:
+    """Writes figures as a block of lines.
+
+    Args:
+        title: what the figures are.
+        figures: value by name; the last is the largest.
+        large: a unit, and how many of it a figure is times.
+        small: the same of the unit for figures that are all below one.
+    """
+    unit, factor = large if list(figures.values())[-1] * large[1] >= 1 else small
+    lines = [f"  {name:<16}{value * factor:12,.2f}" for name, value in figures.items()]
+    return ["", f"{title}, {unit}", *lines]
+
+
+def verdict(plan: Plan) -> str:
+    """Says whether a plan fits, and how many GiB are free or missing."""
+    if plan.fits:
+        return f"fits, {-plan.missing_gib:.1f} GiB to spare"
+    return f"does not fit, {plan.missing_gib:.1f} GiB too much"
+
+
+def cost(plan: Plan, price: float | None) -> str:
+    """Says what the whole run takes: speed, time, GPU-hours and money.
+
+    Args:
+        plan: the plan.
+        price: price of a GPU for an hour; None leaves the price out.
+    """
+    hours = plan.days * 24 * plan.world
+    paid = "" if price is None else f", ${rounded(hours * price)} at ${price:,.2f} an hour"
+    least = "at most " if plan.hardware.generation == "CPU" else ""
+    return (
+        f"{least}{rounded(plan.images_per_second)} images/s, MFU {100 * plan.mfu:.0f} %; the run "
+        f"takes {duration(plan.days)}, {rounded(hours)} GPU-hours{paid}"
+    )
+
+
+def scope(plan: Plan) -> str:
+    """Says what the speed is: that of the model alone, and where its constant comes from."""
+    source = " ".join(plan.hardware.efficiency_source.split())
+    told = (
+        f"(convolutions at {100 * plan.hardware.efficiency:.3g} % of the peak: {source}; without "
+        "the loading of images and the starting of kernels"
+    )
+    if plan.hardware.generation == "CPU":
+        told += (
+            ": on a CPU these share the cores, and a small trunk reaches a quarter to a half of "
+            "this speed"
+        )
+    return f"{told})"
+
+
+def duration(days: float) -> str:
+    """Writes a time in minutes, hours or days, with three digits."""
+    for unit, length in (("minutes", 24 * 60), ("hours", 24)):
+        if days * length < (60 if unit == "minutes" else 48):
+            return f"{rounded(days * length)} {unit}"
+    return f"{rounded(days)} days"
+
+
+def rounded(number: float) -> str:
+    """Writes a number with three digits that count, and separators: 0.0123, 12.3, 19,700."""
+    short = float(f"{number:.3g}")
+    return f"{short:,.0f}" if abs(short) >= 100 else f"{short:.3g}"
+
+
+def table(found: Found, price: float | None = None) -> str:
+    """Writes the fastest plans of a search as a table.
+
+    Args:
+        found: result of the search.
+        price: price of a GPU for an hour; None leaves the price out.
+    """
+    head = f"{'strategy':<9}{'recompute':<11}{'images':>7}{'passes':>7}{'group':>7}"
+    head += f"{'GiB':>9}{'img/s':>10}{'MFU %':>8}{'days':>10}"
+    head += "" if price is None else f"{'price':>14}"
+    lines = [f"{len(found.fitting)} of {found.tried} configurations fit", "", head]
+    for plan in found.fitting[:SHOWN]:
+        batch, layout = plan.batch, plan.layout
+        money = "" if price is None else f"${rounded(plan.days * 24 * plan.world * price)}"
+        lines.append(
+            f"{plan.strategy:<9}{plan.activation_checkpointing:<11}"
+            f"{batch.micro_batch_size:>7}{batch.gradient_accumulation:>7}"
+            f"{layout.group_ranks(layout.sync_bn_group_size):>7}"
+            f"{plan.memory.gib()['total']:>9.1f}{rounded(plan.images_per_second):>10}"
+            f"{100 * plan.mfu:>8.1f}{rounded(plan.days):>10}{money:>14}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def advice(found: Found, more: Plan | None, price: float | None = None) -> str:
+    """Says what fits instead of a plan that does not fit.
+
+    Args:
+        found: result of the search on the same hardware.
+        more: plan of the same kind on enough nodes, if the search found nothing.
+        price: price of a GPU for an hour; None leaves the price out.
+    """
+    if found.fitting:
+        best = found.fitting[0]
+        lines = [
+            f"the fastest configuration that fits: {best.strategy}, "
+            f"activation_checkpointing={best.activation_checkpointing}, "
+            f"{best.batch.micro_batch_size} images a rank, "
+            f"{best.batch.gradient_accumulation} micro-batches a step "
+            f"({best.memory.total / GIB:.1f} GiB)",
+            cost(best, price),
+            *[f"note: {note}" for note in best.notes],
+            best.command,
+        ]
+        return "\n".join(lines)
+    least = found.nearest
+    text = "nothing fits here"
+    if least is not None:
+        text += (
+            f": the least is {least.memory.gib()['total']:.1f} GiB, with {least.strategy}, "
+            f"activation_checkpointing={least.activation_checkpointing} and "
+            f"{least.batch.micro_batch_size} images a rank, "
+            f"{least.missing_gib:.1f} GiB too much"
+        )
+    if more is not None:
+        count = more.layout.nodes
+        nodes = "1 node" if count == 1 else f"{count:,} nodes"
+        text += f"; {more.strategy} with full recomputation fits {nodes} of this kind"
+    return text
