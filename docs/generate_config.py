@@ -21,16 +21,18 @@ PAGE = ROOT / "docs" / "config.md"
 HEAD = """\
 # Every key
 
-`python docs/generate_config.py` writes this page from the sections in `seer_scale/config/`; edit
-those, not this page.
-
-A recipe (`launch/recipes/*.yaml`: sections of keys) configures a run, and `section.key=value` on
-the command line overrides the recipe; values are YAML. Unknown keys and wrong types are refused:
-mistakes are reported in one sentence before anything starts. `config.yaml` in a run's folder holds
-all keys as they were, and `--recipe config.yaml` reads them back.
+A recipe (`launch/recipes/*.yaml`: sections of keys) configures a run. `section.key=value` on the
+command line overrides the recipe; values are YAML. `config.yaml` in a run's folder holds all keys
+as they were, and `--recipe config.yaml` reads them back. Unknown keys and wrong types are refused:
+mistakes are reported in one sentence before anything starts.
 
 "from the recipe" means that there is no default: the recipe sets the key. `null` means not set.
 "expert" marks keys that hardly anybody needs to change."""
+TAIL = """\
+`python docs/generate_config.py` writes this page from the sections in `seer_scale/config/`. Edit
+those, not this page."""
+# Annotations of an objective's arguments, as the keys of the configuration say it.
+TAKES = {"float": "a number", "int": "an integer", "tuple[int, ...]": "a list of integers"}
 
 
 def page() -> str:
@@ -43,7 +45,7 @@ def page() -> str:
             for name, constructor in OBJECTIVES.items():
                 parts += [f"With `objective.name={name}`:", _table(_option_rows(constructor))]
             parts.append("Others have options of their own: [extending](extending.md).")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, TAIL]) + "\n"
 
 
 def _row(key: str) -> tuple[str, str, str, str]:
@@ -59,7 +61,7 @@ def _option_rows(constructor: Any) -> list[tuple[str, str, str, str]]:
         for name, text in re.findall(r"^    (\w+): (.+(?:\n {8,}.+)*)", arguments, re.MULTILINE)
     }
     return [
-        (f"objective.{name}", str(parameter.annotation), _yaml(parameter.default), told[name])
+        (f"objective.{name}", TAKES[parameter.annotation], _yaml(parameter.default), told[name])
         for name, parameter in inspect.signature(constructor).parameters.items()
         if name not in NOT_OPTIONS
     ]

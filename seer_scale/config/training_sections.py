@@ -197,7 +197,7 @@ class OptimSection(Section):
         ),
     )
     warmup_share: Fraction | None = Field(
-        None, description="the same as a share of the run; give one of both"
+        None, description="warm-up as a share of the run, instead of warmup_steps"
     )
     end_lr_ratio: Fraction = Field(
         1e-3, description="last learning rate of the cosine schedule, as a share of the peak"
@@ -206,7 +206,8 @@ class OptimSection(Section):
         313, description="first steps, in which the prototypes stay fixed"
     )
     freeze_prototypes_share: Fraction | None = Field(
-        None, description="the same as a share of the run; give one of both"
+        None,
+        description="share of the run with fixed prototypes, instead of freeze_prototypes_steps",
     )
     fuse_backward: bool = Field(
         False,
