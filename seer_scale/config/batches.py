@@ -82,9 +82,19 @@ def in_words(train: TrainSection, ranks: int) -> str:
     """Says what a configuration's section `train` comes to on a number of ranks."""
     return (
         f"{train.images:,} images: {train.steps:,} steps of {train.global_batch:,} = "
-        f"{train.micro_batch_size} images x {in_ranks(ranks)} x {train.gradient_accumulation} "
-        "micro-batches"
+        f"{in_images(train.micro_batch_size)} x {in_ranks(ranks)} x "
+        f"{in_micro_batches(train.gradient_accumulation)}"
     )
+
+
+def in_images(count: int) -> str:
+    """Writes a number of images."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def in_micro_batches(count: int) -> str:
+    """Writes a number of micro-batches."""
+    return f"{count:,} micro-batch{'' if count == 1 else 'es'}"
 
 
 def batch_note(
@@ -95,7 +105,8 @@ def batch_note(
     if wanted is None or wanted == batch:
         return None
     made = (
-        f"{batches.micro_batch} images x {in_ranks(ranks)} x {batches.accumulation} micro-batches"
+        f"{in_images(batches.micro_batch)} x {in_ranks(ranks)} x "
+        f"{in_micro_batches(batches.accumulation)}"
     )
     if _own(given):
         return (
@@ -104,7 +115,7 @@ def batch_note(
         )
     return (
         f"train.global_batch is {batch:,} ({made}), because this number of ranks cannot share "
-        f"{wanted:,}: a number of ranks that divides it keeps it"
+        f"{wanted:,} images equally: a number of ranks that divides {wanted:,} can"
     )
 
 

@@ -89,9 +89,9 @@ def complete(
         own = max(divisors(ranks, up_to=size))
         values["sharding"]["sync_bn_group_size"] = own
         notes.append(
-            f"sharding.sync_bn_group_size is {own}, where the recipe has {size}, to divide the "
-            f"{in_ranks(ranks)}: BatchNorm sees {own * batches.micro_batch:,} images at a time, "
-            "and more with a larger train.micro_batch_size"
+            f"sharding.sync_bn_group_size is {own}, where the recipe has {size}, which does not "
+            f"divide {in_ranks(ranks)}: BatchNorm sees {own * batches.micro_batch:,} images at a "
+            "time, and more with a larger train.micro_batch_size"
         )
     per_pass = batches.micro_batch * ranks
     swav = config.objective.name == "swav" and not config.objective.options.get("queue_length")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from seer_scale.config.batches import in_ranks
+from seer_scale.config.batches import in_images, in_micro_batches, in_ranks
 from seer_scale.planner.memory import GIB
 from seer_scale.planner.planned import Plan
 from seer_scale.planner.search import Found
@@ -28,8 +28,8 @@ def describe(plan: Plan, price: float | None = None) -> str:
         f"{plan.recipe}: {plan.model.trunk} on {layout.nodes} x {layout.gpus_per_node} ranks, each "
         f"{plan.hardware.name}: {verdict(plan)}",
         f"{plan.images:,} images: {plan.steps:,} steps of {plan.global_batch:,} = "
-        f"{batch.micro_batch_size} images x {in_ranks(plan.world)} x "
-        f"{batch.gradient_accumulation} micro-batches",
+        f"{in_images(batch.micro_batch_size)} x {in_ranks(plan.world)} x "
+        f"{in_micro_batches(batch.gradient_accumulation)}",
         f"{plan.strategy}, checkpointing {plan.activation_checkpointing}, SyncBatchNorm groups of "
         f"{in_ranks(group)}, {batch.precision}",
         *[f"note: {note}" for note in plan.notes],
@@ -83,12 +83,22 @@ def cost(plan: Plan, price: float | None) -> str:
         price: price of a GPU for an hour; None leaves the price out.
     """
     hours = plan.days * 24 * plan.world
-    paid = "" if price is None else f", ${rounded(hours * price)} at ${price:,.2f} an hour"
-    least = "at most " if plan.hardware.generation == "CPU" else ""
+    on_cpu = plan.hardware.generation == "CPU"
+    unit = "core" if on_cpu else "GPU"
+    paid = "" if price is None else f", {money(hours * price)} at ${price:,.2f} an hour"
+    used = f"{100 * plan.mfu:.0f}" if plan.mfu >= 0.01 else "below 1"
+    spent = rounded(hours) if hours >= 0.01 else "less than 0.01"
     return (
-        f"{least}{rounded(plan.images_per_second)} images/s, MFU {100 * plan.mfu:.0f} %; the run "
-        f"takes {duration(plan.days)}, {rounded(hours)} GPU-hours{paid}"
+        f"{'at most ' if on_cpu else ''}{rounded(plan.images_per_second)} images/s, MFU {used} %; "
+        f"the run takes {duration(plan.days)}, {spent} {unit}-hours{paid}"
     )
+
+
+def money(dollars: float) -> str:
+    """Writes a sum of money: in cents below $100, else with three digits that count."""
+    if dollars < 0.01:
+        return "less than $0.01"
+    return f"${dollars:.2f}" if dollars < 100 else f"${rounded(dollars)}"
 
 
 def scope(plan: Plan) -> str:
@@ -107,10 +117,13 @@ def scope(plan: Plan) -> str:
 
 
 def duration(days: float) -> str:
-    """Writes a time in minutes, hours or days, with three digits."""
-    for unit, length in (("minutes", 24 * 60), ("hours", 24)):
-        if days * length < (60 if unit == "minutes" else 48):
-            return f"{rounded(days * length)} {unit}"
+    """Writes a time in seconds, minutes, hours or days, with three digits."""
+    seconds = days * 24 * 3600
+    if seconds < 1:
+        return "less than a second"
+    for unit, length, most in (("seconds", 1, 60), ("minutes", 60, 60), ("hours", 3600, 48)):
+        if seconds < most * length:
+            return f"{rounded(seconds / length)} {unit}"
     return f"{rounded(days)} days"
 
 
@@ -128,18 +141,18 @@ def table(found: Found, price: float | None = None) -> str:
         price: price of a GPU for an hour; None leaves the price out.
     """
     head = f"{'strategy':<9}{'recompute':<11}{'images':>7}{'passes':>7}{'group':>7}"
-    head += f"{'GiB':>9}{'img/s':>10}{'MFU %':>8}{'days':>10}"
-    head += "" if price is None else f"{'price':>14}"
+    head += f"{'GiB':>9}{'img/s':>10}{'MFU %':>8}{'time':>20}"
+    head += "" if price is None else f"{'price':>18}"
     lines = [f"{len(found.fitting)} of {found.tried} configurations fit", "", head]
     for plan in found.fitting[:SHOWN]:
         batch, layout = plan.batch, plan.layout
-        money = "" if price is None else f"${rounded(plan.days * 24 * plan.world * price)}"
+        paid = "" if price is None else money(plan.days * 24 * plan.world * price)
         lines.append(
             f"{plan.strategy:<9}{plan.activation_checkpointing:<11}"
             f"{batch.micro_batch_size:>7}{batch.gradient_accumulation:>7}"
             f"{layout.group_ranks(layout.sync_bn_group_size):>7}"
             f"{plan.memory.gib()['total']:>9.1f}{rounded(plan.images_per_second):>10}"
-            f"{100 * plan.mfu:>8.1f}{rounded(plan.days):>10}{money:>14}".rstrip()
+            f"{100 * plan.mfu:>8.1f}{duration(plan.days):>20}{paid:>18}".rstrip()
         )
     return "\n".join(lines)
 
@@ -157,8 +170,8 @@ def advice(found: Found, more: Plan | None, price: float | None = None) -> str:
         lines = [
             f"the fastest configuration that fits: {best.strategy}, "
             f"activation_checkpointing={best.activation_checkpointing}, "
-            f"{best.batch.micro_batch_size} images a rank, "
-            f"{best.batch.gradient_accumulation} micro-batches a step "
+            f"{in_images(best.batch.micro_batch_size)} a rank, "
+            f"{in_micro_batches(best.batch.gradient_accumulation)} a step "
             f"({best.memory.total / GIB:.1f} GiB)",
             cost(best, price),
             *[f"note: {note}" for note in best.notes],
@@ -171,7 +184,7 @@ def advice(found: Found, more: Plan | None, price: float | None = None) -> str:
         text += (
             f": the least is {least.memory.gib()['total']:.1f} GiB, with {least.strategy}, "
             f"activation_checkpointing={least.activation_checkpointing} and "
-            f"{least.batch.micro_batch_size} images a rank, "
+            f"{in_images(least.batch.micro_batch_size)} a rank, "
             f"{least.missing_gib:.1f} GiB too much"
         )
     if more is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from seer_scale.config.batches import Batches, resolve_batches
+from seer_scale.config.batches import Batches, in_words, resolve_batches
 from seer_scale.config.recipe import Arguments, dump, parse
 from seer_scale.errors import ConfigError
 
@@ -131,7 +131,8 @@ def test_what_is_no_number_of_images_is_refused(text: str) -> None:
 def test_notes_say_what_cannot_be_kept_and_the_key_that_helps() -> None:
     assert read("seer_256gf", ranks=512).notes == ()
     assert read("seer_256gf", ranks=8).notes == (
-        "sharding.sync_bn_group_size is 8, where the recipe has 64, to divide the 8 ranks: "
+        "sharding.sync_bn_group_size is 8, where the recipe has 64, which does not divide 8 "
+        "ranks: "
         "BatchNorm sees 128 images at a time, and more with a larger train.micro_batch_size",
         "SwAV balances its codes over the 128 images of a micro-batch of all ranks, not over the "
         "8,192 of a step: objective.queue_length=8064 adds those of earlier micro-batches",
@@ -140,14 +141,21 @@ def test_notes_say_what_cannot_be_kept_and_the_key_that_helps() -> None:
     assert helped.notes == ()
     (batch,) = read("seer_256gf", "train.micro_batch_size=8", ranks=64).notes
     assert batch == (
-        "train.global_batch is 512 (8 images x 64 ranks x 1 micro-batches), where the recipe has "
+        "train.global_batch is 512 (8 images x 64 ranks x 1 micro-batch), where the recipe has "
         "8,192: add train.global_batch=8192 to keep it"
     )
     (batch,) = read("demo", ranks=3).notes
     assert batch == (
-        "train.global_batch is 63 (21 images x 3 ranks x 1 micro-batches), because this number of "
-        "ranks cannot share 64: a number of ranks that divides it keeps it"
+        "train.global_batch is 63 (21 images x 3 ranks x 1 micro-batch), because this number of "
+        "ranks cannot share 64 images equally: a number of ranks that divides 64 can"
     )
+
+
+def test_one_of_anything_is_not_written_as_several() -> None:
+    train = read("demo", ranks=64).config.train
+    assert in_words(train, 64).endswith("= 1 image x 64 ranks x 1 micro-batch")
+    train = read("demo", "train.gradient_accumulation=2", ranks=1).config.train
+    assert in_words(train, 1).endswith("= 64 images x 1 rank x 2 micro-batches")
 
 
 def test_a_group_of_the_command_line_is_not_changed() -> None:

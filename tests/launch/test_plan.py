@@ -20,7 +20,7 @@ from seer_scale.config.recipe import parse
 from seer_scale.errors import ConfigError
 from seer_scale.performance.hardware import names
 from seer_scale.planner import plan
-from seer_scale.planner.text import duration, rounded
+from seer_scale.planner.text import duration, money, rounded
 from seer_scale.train.build_engine import check_run
 from tests.planner.test_memory import NO_ACTIVATIONS
 
@@ -144,7 +144,7 @@ def test_a_price_is_shown_as_money_and_a_plan_that_does_not_fit_says_so_first(
     printed = capsys.readouterr().out
     assert found["fits"] is False
     assert found["price"] == pytest.approx(2.5 * found["gpu_hours"])
-    assert f", ${rounded(found['price'])} at $2.50 an hour" in printed
+    assert f", {money(found['price'])} at $2.50 an hour" in printed
     assert "does not fit" in printed.splitlines()[0]
     assert found["command"] not in printed  # it would only run out of memory
 
@@ -174,10 +174,25 @@ def test_figures_have_three_digits(number: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("days", "text"),
-    [(0.001, "1.44 minutes"), (0.5, "12 hours"), (9.384, "9.38 days"), (4321.0, "4,320 days")],
+    [
+        (1e-7, "less than a second"),
+        (0.0001, "8.64 seconds"),
+        (0.001, "1.44 minutes"),
+        (0.5, "12 hours"),
+        (9.384, "9.38 days"),
+        (4321.0, "4,320 days"),
+    ],
 )
 def test_a_time_has_the_unit_that_suits_it(days: float, text: str) -> None:
     assert duration(days) == text
+
+
+@pytest.mark.parametrize(
+    ("dollars", "text"),
+    [(0.0001, "less than $0.01"), (1.5, "$1.50"), (163_412.0, "$163,000")],
+)
+def test_a_price_is_written_in_cents_or_with_three_digits(dollars: float, text: str) -> None:
+    assert money(dollars) == text
 
 
 def test_help_names_the_profiles() -> None:
@@ -199,7 +214,8 @@ def test_a_search_prints_the_best_that_fits_and_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = ("sharding.sync_bn_group_size=8",)
-    found = keep(tmp_path, "--recipe", "debug", *WHERE, "--search", *fixed)
+    priced = ("--search", "--price-per-gpu-hour", "2.5")
+    found = keep(tmp_path, "--recipe", "debug", *WHERE, *priced, *fixed)
     ranking = found["ranking"]
     speeds = [line["images_per_second"] for line in ranking]
     assert speeds == sorted(speeds, reverse=True)
@@ -211,7 +227,9 @@ def test_a_search_prints_the_best_that_fits_and_it_starts(
     assert {line["activation_checkpointing"] for line in ranking} == {"none", "full"}
     assert {line["sync_bn_group_size"] for line in ranking} == {8}
     assert found["command"] == ranking[0]["command"]
-    assert capsys.readouterr().out.rstrip().endswith(found["command"])
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(found["command"])
+    assert money(found["price"]) in printed
     for line in ranking:
         config = accepted(line["command"], nodes=1, gpus=8)
         assert config.train.micro_batch_size == line["micro_batch_size"]
