@@ -1,4 +1,4 @@
-"""For `make docs`, what MkDocs calls with every page: outside links, tables of keys, search.
+"""For `make docs`, what MkDocs calls with every page: outside links, tables, code, search.
 
 Links to files of the repository that are no pages become their paths, in code: MkDocs warns of
 every link that leaves docs/, and the site may be read where no repository is.
@@ -19,12 +19,27 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^\]]*)\]\(\.\./([^)#\s]+)\)")
 KEY = re.compile(r"\s*<td><code>([a-z]\w*\.[a-z]\w*)</code></td>")
 TEST = re.compile(r"<code>((?:benchmarks/)?tests/[\w/.:]+)</code>")
+CODE = re.compile(r"(<pre>(?:<span></span>)?)?(<code[^>]*>)(.*?)(</code>)", re.DOTALL)
+HEADING = re.compile(r"(?<=<th><code>)\w{18,}(?=</code>)")  # of a column of short values
+# Lines of columns or with arrows: they are read as a picture, and lose their sense when wrapped.
+DRAWING = re.compile(r"\S {3,}[^#\s\\]|--&gt;|^ +\|", re.MULTILINE)
+# What a browser would break behind a -: options and names in code, numbers and arrows in cells.
+NAME = re.compile(r"\S*-\S*")
+NUMBER = re.compile(r"[\d.]+e-\d+|-&gt;")
+LONGEST = 24  # characters of what is kept whole; a phone's line of code has 44
 STACKED = {
-    "key",
+    "FORMAT",
     "choice",
-    "feature",
+    "command",
     "fault",
+    "feature",
+    "figure",
+    "floor",
     "input",
+    "key",
+    "preset",
+    "sharding.strategy",
+    "your images",
 }  # first headings of tables that site.css stacks on a phone
 KEYS_PAGE = "config.md"
 LAST = "log.md"  # behind every other page in the results of a search
@@ -61,7 +76,7 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
 
     def labelled(table: re.Match[str]) -> str:
         headings = re.findall(r"<th\b[^>]*>(.*?)</th>", table[0], re.DOTALL)
-        if headings[0] not in STACKED:
+        if re.sub("<.*?>", "", headings[0]) not in STACKED:
             return table[0]
         first, *rows = table[0].replace("<table>", "<table data-stacked>").split("<tr>")
         return first + "".join(row_of(row, iter(headings)) for row in rows)
@@ -77,7 +92,10 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
         row = re.sub("<td>", lambda _: f'<td data-label="{next(label)}">', row)
         return f"<tr{anchor}>{row}"
 
-    return re.sub("<table>.*?</table>", labelled, html, flags=re.DOTALL)
+    html = HEADING.sub(lambda heading: _breaking(heading[0]), html)
+    html = re.sub("<table>.*?</table>", labelled, html, flags=re.DOTALL)
+    html = re.sub("<td[^>]*>.*?</td>", lambda cell: _whole(NUMBER, cell[0]), html, flags=re.DOTALL)
+    return CODE.sub(_code, html)
 
 
 @event_priority(-100)  # after the plugin that writes the index
@@ -92,3 +110,24 @@ def on_post_build(*, config: Any, **_: Any) -> None:
 def _breaking(name: str) -> str:
     """Lets a browser break a long name behind every _ and /."""
     return re.sub("([_/]|::)", r"\1<wbr>", name)
+
+
+def _code(code: re.Match[str]) -> str:
+    """Keeps names in a piece of code whole, and marks a block that is a drawing."""
+    block, start, text, end = code.groups()
+    if block and DRAWING.search(re.sub("<.*?>", "", text)):
+        return block.replace("<pre", "<pre data-drawing") + start + text + end
+    return (block or "") + start + _whole(NAME, text) + end
+
+
+def _whole(what: re.Pattern[str], html: str) -> str:
+    """Lets no browser break what a pattern finds in text, if that is short."""
+
+    def kept(found: re.Match[str]) -> str:
+        short = len(unescape(found[0])) <= LONGEST
+        return f'<span class="whole">{found[0]}</span>' if short else found[0]
+
+    pieces = re.split("(<.*?>)", html)  # text at even places, tags at odd ones
+    return "".join(
+        piece if place % 2 else what.sub(kept, piece) for place, piece in enumerate(pieces)
+    )
