@@ -115,7 +115,7 @@ def crossings(recipe: str, by_name: dict[str, list[Point]]) -> list[str]:
             continue
         best = max(fitting, key=lambda name: fitting[name].efficiency)
         lines.append(
-            f"- `{recipe}`: from {ranks:,} GPUs on `{best}`, {100 * top:.1f} % "
+            f"- `{recipe}`, from {ranks:,} GPUs on: `{best}`, {100 * top:.1f} % "
             f"({fitting[best].images_per_second:.1f} images/s per GPU)."
         )
     return lines
