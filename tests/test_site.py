@@ -119,6 +119,7 @@ def test_every_page_fits_the_window(site: Path, width: int) -> None:
         ("data.crop_sizes", "config.html"),
         ("sinkhorn_iterations", "config.html"),
         ("OOM", "troubleshooting.html"),
+        ("--deepspeed_config", "config.html"),
         ("checkpoint", "checkpoints.html"),
     ],
 )
