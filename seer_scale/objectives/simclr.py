@@ -23,7 +23,7 @@ class SimCLR:
 
     Args:
         crops: crops per image.
-        temperature: of the cosines.
+        temperature: temperature of the cosines.
         group: ranks whose embeddings are contrasted; all unless given. Their micro-batches
             must be of one size.
 

@@ -25,8 +25,8 @@ class SwAV:
 
     Args:
         crops: crops per image.
-        temperature: of the predictions.
-        epsilon: of the codes; SEER's 10B model has 0.03.
+        temperature: temperature of the predictions.
+        epsilon: entropy weight of the codes; SEER's 10B model has 0.03.
         sinkhorn_iterations: SwAV 3, SEER 10.
         assign_crops: the crops that give codes: those of high resolution.
         queue_length: earlier embeddings per assign crop and over all ranks that are balanced
