@@ -225,7 +225,10 @@ def main() -> int:
             f"{len(samples)} steps with samples recorded, {lost} lost to the full disk": lost
             <= given.steps // 20,
             f"{len(wrong)} steps with other samples than undisturbed": not wrong,
-            f"{len(recorded)} steps in MLflow": len(everything - recorded) <= given.steps // 20,
+            f"{len(recorded)} steps in MLflow; {sent.stdout.strip()} {sent.stderr.strip()}": len(
+                everything - recorded
+            )
+            <= given.steps // 20,
             f"memory of a rank {100 * memory:+.1f} % over the last 40 % ({looks} looks)": memory
             < GROWTH,
             f"open files of a rank {files:+d}": files <= 2,

@@ -1,4 +1,4 @@
-"""Counts what a step costs the host, by strategy, ranks and model; needs neither GPUs nor ranks.
+"""Counts what a step, a save and a resume cost the host; needs neither GPUs nor ranks.
 
     python benchmarks/step_ledger.py [--models MODEL ...] [--strategies STRATEGY ...]
                                      [--ranks RANKS ...] [--write]
@@ -12,6 +12,9 @@ nothing. Two ways, each for what it can:
 - `cpu`: real tensors, two images of 32 pixels. CPU seconds of the process for one step, the median
   of three; small kernels are in them, the same for every number of ranks. Not for the models that
   no CPU holds.
+
+Three steps come first: stage 3 of ZeRO records its order in two of them. A second table has what a
+save and a resume open, write and read (`ledger_files`).
 
 The reducer of torch's DDP has no fake group: its all-reduces, one a bucket, are left out, and so
 are its seconds. `--write` puts the results into benchmarks/results/ and docs/performance.md.
@@ -28,9 +31,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +43,8 @@ sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks import record  # noqa: E402
+from benchmarks import ledger_files, record  # noqa: E402
+from benchmarks.ledger_files import SAVED, FileCell, measure_files  # noqa: E402
 from harness import engines  # noqa: E402
 from harness.calls import Calls  # noqa: E402
 from harness.fake_gpu import GPU, fake_gpu  # noqa: E402
@@ -59,6 +64,7 @@ RANKS = (2, 64, 512)
 NODE = 8  # ranks of a node, which share a copy of the model under hsdp
 ALLOWED = {("slice_sgd.py", "_whole_norms"): 1.0}  # float16's question about the gradient
 STEPS = 3
+T = TypeVar("T")
 Way = Literal["gpu", "cpu"]
 
 
@@ -141,7 +147,8 @@ def _measured(cell: Cell, config: RunConfig, device: torch.device) -> Cell:
             engine.backward(loss)
             engine.step()
 
-    step()  # makes the momentum and the buckets
+    for _ in range(engines.WARM):
+        step()  # makes the momentum and the buckets
     with Calls() as calls:
         step()
     seconds = [_cpu_seconds(step) for _ in range(STEPS)] if cell.way == "cpu" else []
@@ -180,12 +187,20 @@ def cells(
                     yield model, strategy, count, "cpu"
 
 
-def measure_alone(wanted: Sequence[tuple[str, str, int, Way]]) -> Iterator[Cell]:
+def measure_save_and_resume(model: str, strategy: str, ranks: int) -> FileCell:
+    """Measures the files of a cell in this process, which can do it once."""
+    os.chdir(ROOT)
+    config = configuration(model, strategy, ranks, "cpu")
+    warm = configuration("regnety_debug", strategy, ranks, "cpu")
+    return measure_files(model, strategy, ranks, config, warm)
+
+
+def alone(measured: Callable[..., T], wanted: Sequence[tuple[Any, ...]]) -> Iterator[T]:
     """Measures cells one after the other, each in a process of its own."""
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for one in wanted:
-            yield pool.submit(measure, *one).result()
+            yield pool.submit(measured, *one).result()
 
 
 def table(found: Sequence[Cell]) -> str:
@@ -220,15 +235,21 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--write", action="store_true", help="write the JSON and the docs")
     options = parser.parse_args()
-    found = []
-    for cell in measure_alone(list(cells(options.models, options.strategies, options.ranks))):
-        found.append(cell)
+    wanted = options.models, options.strategies, options.ranks
+    steps, files = [], []
+    for cell in alone(measure, list(cells(*wanted))):
+        steps.append(cell)
         print(table([cell]).splitlines()[-1], flush=True)
+    for kept in alone(measure_save_and_resume, [c for c in product(*wanted) if c[1] in SAVED]):
+        files.append(kept)
+        print(ledger_files.table([kept]).splitlines()[-1], flush=True)
     if options.write:
-        env = record.environment()
-        record.save("step_ledger", COMMAND, {"cells": [asdict(cell) for cell in found]})
-        record.put_into(DOCUMENT, "step ledger", f"{record.in_words(env)}.\n\n{table(found)}")
-    return 1 if any(cell.problem for cell in found) else 0
+        where = record.in_words(record.environment())
+        content = {"cells": [asdict(c) for c in steps], "files": [asdict(c) for c in files]}
+        record.save("step_ledger", COMMAND, content)
+        text = f"{where}.\n\n{table(steps)}\n\n{ledger_files.table(files)}"
+        record.put_into(DOCUMENT, "step ledger", text)
+    return 1 if any(cell.problem for cell in steps) else 0
 
 
 if __name__ == "__main__":

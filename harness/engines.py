@@ -37,6 +37,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 # State does not depend on them; of activations there are as many as take seconds on a CPU.
 TINY = ("train.micro_batch_size=2", "data.crop_sizes=[32]", "data.crop_counts=[2]")
 CPU = torch.device("cpu")
+WARM = 3  # steps before the first that counts: ZeRO's stage 3 records its order in two of them
 
 
 def configuration(*more: str) -> RunConfig:

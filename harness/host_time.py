@@ -29,8 +29,6 @@ from seer_scale.config.ds_config import ds_config_of
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.train.build_engine import engine_of
 
-WARM = 3  # steps before the first that counts: stage 3 records its order in two of them
-
 
 @dataclass
 class HostCost:
@@ -77,7 +75,7 @@ def _host_cost(strategy: str, ranks: int, trunk: str, steps: int) -> HostCost:
     with fake_ranks(ranks, 0):
         engine = engine_of(config, lambda _: _ones, ds_config_of(config, ranks), engines.CPU)
         apply_schedule(engine.param_groups, lr=0.0)
-        for _ in range(WARM):
+        for _ in range(engines.WARM):
             _step(engine, config)
         timed = [_step(engine, config) for _ in range(steps)]
         cost.forward, cost.backward, cost.step = (min(part) for part in zip(*timed, strict=True))

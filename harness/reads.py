@@ -1,6 +1,7 @@
-"""Counts what one of many ranks opens and reads when it resumes a model of any size.
+"""Counts what one of many ranks opens and reads when it resumes a model of any size, and writes.
 
-The files are real and as large as the model's. Their numbers are holes, which take no disk.
+The files of a resume are real and as large as the model's. Their numbers are holes, which take no
+disk.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from harness.fake_ranks import fake_ranks
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.checkpoint.manifest import rank_file, write_manifest
 from seer_scale.checkpoint.placement import MOMENTUM, SLICES, WEIGHT, join_reports, reported
+from seer_scale.checkpoint.rank_files import write_rank_file
 from seer_scale.checkpoint.reader import verify_together
+from seer_scale.checkpoint.staging import Staging, stage
 from seer_scale.config.ds_config import ds_config_of
 from seer_scale.objectives import Objective
+from seer_scale.parallel.engine import Engine
 from seer_scale.storage.tensor_file import Kind, Stamp, lay_out, stamp
 from seer_scale.train import build
 from seer_scale.train.build_engine import engine_of
@@ -46,6 +50,18 @@ class Reads(NamedTuple):
     opens: Counter[str]
     bytes: int
     kept: int
+
+
+class Writes(NamedTuple):
+    """What a rank did to files below a folder, when it wrote its part of a checkpoint.
+
+    Attributes:
+        opens: opens by path below the folder.
+        bytes: bytes that the process wrote, to any file.
+    """
+
+    opens: Counter[str]
+    bytes: int
 
 
 _watched: list[tuple[Path, Counter[str]]] = []
@@ -76,8 +92,12 @@ def opened(folder: Path) -> Iterator[Counter[str]]:
 
 def read_so_far() -> int:
     """Bytes that system calls of this process have read, from files or the page cache."""
+    return _so_far("rchar")
+
+
+def _so_far(counter: str) -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["rchar"])
+    return int(dict(line.split(": ") for line in lines)[counter])
 
 
 def cut(shape: Sequence[int], strategy: str, ranks: int, rank: int) -> tuple[int, int]:
@@ -163,10 +183,31 @@ def resume_reads(folder: Path, config: Any, ranks: int, rank: int, warm: Any) ->
         rank: the one that exists.
         warm: of an engine that is built before anything is counted, for what it imports.
     """
+    with fake_ranks(ranks, rank):
+        return _resumed(folder, config, ranks, rank, warm)[1]
+
+
+def reads_and_writes(
+    folder: Path, config: Any, ranks: int, rank: int, warm: Any
+) -> tuple[Reads, Writes]:
+    """Resumes as `resume_reads` does, then writes the rank's part of the next checkpoint."""
+    partial = folder.with_name(".step_00000008.partial")
+    partial.mkdir()
+    with fake_ranks(ranks, rank):
+        engine, reads = _resumed(folder, config, ranks, rank, warm)
+        staging, local = Staging(), {"rng.cpu": torch.get_rng_state()}
+        placement = stage(staging, engine.slices(), engine.model, local, in_place=True)
+        with opened(partial) as opens:
+            before = _so_far("wchar")
+            write_rank_file(partial, placement, staging)
+            return reads, Writes(opens, _so_far("wchar") - before)
+
+
+def _resumed(folder: Path, config: Any, ranks: int, rank: int, warm: Any) -> tuple[Engine, Reads]:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     model = build.model_of(config, META)
     ds_config = ds_config_of(config, ranks)
-    with fake_ranks(ranks, rank), opened(folder) as opens:
+    with opened(folder) as opens:
         engine_of(warm, lambda _: _ones, ds_config_of(warm, ranks), CPU)
         before = read_so_far()
         # As `first_whole` does, which would wait for what rank 0 sends.
@@ -176,6 +217,6 @@ def resume_reads(folder: Path, config: Any, ranks: int, rank: int, warm: Any) ->
         objective: Objective = _NoState()  # type: ignore[assignment]
         restore(reader, engine, objective, CPU, "none")
         read = read_so_far() - before
-        kept = sum(b.nbytes for b in engine.model.buffers()) + LOCAL["local/rng.cpu"].bytes
-        kept += sum(part.values.nbytes + part.momentum.nbytes for part in engine.slices())
-        return Reads(opens, read, kept)
+    kept = sum(b.nbytes for b in engine.model.buffers()) + LOCAL["local/rng.cpu"].bytes
+    kept += sum(part.values.nbytes + part.momentum.nbytes for part in engine.slices())
+    return engine, Reads(opens, read, kept)

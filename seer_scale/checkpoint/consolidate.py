@@ -28,10 +28,10 @@ def consolidate(
     """Writes whole tensors under their names; needs memory for the largest tensor only.
 
     Args:
-        reader: of the checkpoint.
+        reader: reader of the checkpoint.
         target: folder for `model.safetensors`, or `model-00001-of-00003.safetensors` and so on
             with the index that Hugging Face's libraries read.
-        largest_bytes: of a file, unless one tensor is larger; None for one file.
+        largest_bytes: most bytes of a file, unless one tensor is larger; None for one file.
         momentum: write the optimizer state too, as `momentum/NAME`.
         say: is told of every file.
 

@@ -23,8 +23,8 @@ def choose(resume: str | None, run_dir: Path, tracking_uri: str | None = None) -
 
     Args:
         resume: what `--resume` says, if it is given; see `find`.
-        run_dir: of the run that begins.
-        tracking_uri: of the MLflow server that knows the run of `mlflow:RUN_ID`.
+        run_dir: folder of the run that begins.
+        tracking_uri: address of the MLflow server that knows the run of `mlflow:RUN_ID`.
 
     Raises:
         UserError: without `--resume`, if `run_dir` already holds a run.

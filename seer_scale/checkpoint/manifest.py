@@ -51,10 +51,10 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str, Stamp]) -> None:
-    """Writes the manifest in place of an older one; without one a folder is no checkpoint.
+    """Writes the manifest in place of an older one; a folder without one is not a checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         content: JSON values; step and world_size among them.
         files: length and checksum of every other file, by its path within the folder.
     """
@@ -70,7 +70,7 @@ def read_manifest(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]
     """Reads a checkpoint's manifest and compares the lengths of files; `files` holds stamps.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         part: which share of the files is looked at, of `parts` equal ones.
         parts: number of shares.
 

@@ -79,7 +79,7 @@ def reported(placement: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[st
 
     Args:
         placement: as in the metadata of the rank's file.
-        kinds: of the tensors in the rank's file.
+        kinds: kinds of the tensors in the rank's file.
     """
     rows: dict[str, list[Any]] = {}
     for name, place in placement.items():

@@ -31,8 +31,8 @@ class CheckpointReader:
     headers are read now.
 
     Args:
-        folder: of the checkpoint.
-        manifest: of one that is still being written, and has none yet.
+        folder: folder of the checkpoint.
+        manifest: manifest of a checkpoint that is still being written, and has none yet.
         part, parts: the share of the files whose length is compared now, for ranks that share.
 
     Raises:

@@ -33,7 +33,7 @@ def add_trunk(
     """Writes `folder/trunk` and replaces the manifest by one that lists it too.
 
     Args:
-        folder: of a checkpoint that has its name.
+        folder: folder of a checkpoint that has its name.
         content: JSON values of its manifest.
         files: stamps of the files that the manifest lists.
         staging: tensors of rank 0, which need not be read from the files.
@@ -65,7 +65,7 @@ def add_trunk(
 
 
 def pretraining_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What made a trunk, in the words of its model card; only what the manifest states.
+    """Facts about the run that made a trunk, for its card; only those that the manifest states.
 
     Args:
         content: JSON values of a checkpoint's manifest.

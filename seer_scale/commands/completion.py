@@ -78,7 +78,7 @@ def _complete(parser: argparse.ArgumentParser, keys: str) -> None:
     """Tells shtab which function completes which argument, also of commands within a command.
 
     Args:
-        parser: of a command; its arguments are changed.
+        parser: parser of a command; its arguments are changed.
         keys: list of the keys that the command takes.
     """
     for action in parser._actions:
@@ -129,7 +129,7 @@ def _values(described: schema.Schema) -> list[str]:
 
 
 def _calls(name: str) -> dict[str, str]:
-    """What shtab calls for a list, by shell."""
+    """Names the shell functions that shtab calls for a list, by shell."""
     function = f"_seer_scale_{name}"
     return {"bash": function, "zsh": function, "fish": f"({function})"}
 

@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
     """Builds the argument parser."""
     parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
-        "--run-dir", type=local_path, default=Path("runs"), help="whose disk is measured (runs)"
+        "--run-dir",
+        type=local_path,
+        default=Path("runs"),
+        help="folder whose disk is measured (runs)",
     )
     parser.add_argument(
         "--mlflow-uri", type=expand_home, metavar="URI", help="else MLFLOW_TRACKING_URI's"
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=at_least(1),
         default=IMAGES_SECONDS,
-        help=f"that the images may take to answer ({IMAGES_SECONDS:g})",
+        help=f"seconds that the images may take to answer ({IMAGES_SECONDS:g})",
     )
     return parser
 
@@ -97,7 +100,7 @@ def findings(run_dir: Path, mlflow_uri: str | None, *, quick: bool) -> Iterator[
     """Yields all findings, one by one.
 
     Args:
-        run_dir: whose disk is measured.
+        run_dir: folder whose disk is measured.
         mlflow_uri: as `tracking.uri`.
         quick: leaves out what takes torch or seconds.
     """

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """Builds the argument parser."""
     parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("source", type=expand_home, metavar="SOURCE")
-    parser.add_argument("--name", required=True, help="of the registered model")
+    parser.add_argument("--name", required=True, help="name of the registered model")
     parser.add_argument(
         "--alias",
         action="append",
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--uri",
         type=expand_home,
-        help="of the server, else the run's own, MLFLOW_TRACKING_URI or sqlite:///mlflow.db",
+        help="MLflow server (the run's own, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)",
     )
     return parser
 
@@ -56,9 +56,9 @@ def register(source: str, name: str, aliases: list[str], uri: str | None, scratc
 
     Args:
         source: see `seer_scale.load`.
-        name: of the registered model.
-        aliases: that shall point at the version.
-        uri: of the server; see `--uri`.
+        name: name of the registered model.
+        aliases: aliases that shall point at the version.
+        uri: address of the server; see `--uri`.
         scratch: a folder with room for two copies of the weights.
 
     Raises:

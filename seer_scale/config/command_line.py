@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(recipes: Path) -> argparse.ArgumentParser:
-    """Of the command line whose overrides `parse` reads; `recipes` as there."""
+    """Builds the argument parser; `parse` reads the overrides that it leaves over."""
     parser = _Parser(
         usage="%(prog)s --recipe NAME [--deepspeed_config FILE] "
         "[--resume auto|PATH|mlflow:RUN_ID] [--dry-run] [section.key=value ...]",
@@ -95,7 +95,7 @@ def _recipe_lines(recipes: Path) -> list[str]:
 
 
 def default_of(key: str) -> str:
-    """What `section.key` is where nobody gives it, in words."""
+    """Says in words what `section.key` is if it is not given."""
     described = schema.key_schemas()[key]
     if key in DERIVED:
         return DERIVED[key]

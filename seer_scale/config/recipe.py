@@ -30,7 +30,7 @@ GONE = {"optim.nesterov": False}
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asked for.
+    """Result of reading the command line.
 
     Attributes:
         config: configuration of the run, with every number that follows from the ranks.

@@ -40,7 +40,7 @@ def open_trunk(
     Args:
         source: see `seer_scale.load`.
         trunk: key of `TRUNKS` that it has to be.
-        tracking_uri: of the registry of `models:/`.
+        tracking_uri: address of the registry of `models:/`.
 
     Raises:
         UserError: if there is no such source.

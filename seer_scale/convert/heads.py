@@ -55,7 +55,7 @@ def find_head(names: Mapping[str, str], weights: Weights, width: int) -> tuple[H
     Args:
         names: plain name -> the source's name.
         weights: the source.
-        width: of the trunk's features; a classifier of other features cannot be carried.
+        width: number of the trunk's features; a classifier of other features cannot be carried.
 
     Returns:
         The heads, and the names that belong to none.

@@ -21,8 +21,8 @@ def load(source: str | os.PathLike[str], *, tracking_uri: str | None = None) -> 
             checkpoint), a folder for timm or Hugging Face, a file of weights under VISSL's, timm's,
             Hugging Face's, torchvision's or our names, `hf:ORG/NAME`, or `models:/NAME@alias`,
             `models:/NAME/version`, `models:/<model_id>`. A classifier or head is left out.
-        tracking_uri: of the registry; `mlflow.set_tracking_uri`'s, else MLFLOW_TRACKING_URI, else
-            `sqlite:///mlflow.db`.
+        tracking_uri: address of the registry; `mlflow.set_tracking_uri`'s, else
+            MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
 
     Raises:
         UserError: if there is no such source, or a server does not answer.

@@ -22,8 +22,8 @@ def locate(source: str | os.PathLike[str], tracking_uri: str | None = None) -> P
 
     Args:
         source: see `seer_scale.load`.
-        tracking_uri: of the registry; `mlflow.set_tracking_uri`'s, else MLFLOW_TRACKING_URI, else
-            `sqlite:///mlflow.db`.
+        tracking_uri: address of the registry; `mlflow.set_tracking_uri`'s, else
+            MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
 
     Raises:
         UserError: if there is no such file, folder or model, or a server does not answer.

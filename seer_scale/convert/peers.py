@@ -42,7 +42,7 @@ def timm_config(trunk: str, classes: int, size: int) -> dict[str, Any]:
 
     Args:
         trunk: key of `TRUNKS`.
-        classes: of the classifier; 0 for none.
+        classes: number of classes of the classifier; 0 for none.
         size: side of the crop in pixels that images are shown at.
 
     Raises:

@@ -30,7 +30,7 @@ class TrunkWeights:
     Attributes:
         origin: the source, for sentences.
         trunk: key of `TRUNKS`.
-        dialect: whose names the source used; torchvision's are also ours.
+        dialect: project whose names the source used; torchvision's are also ours.
         kinds: dtype and shape of every tensor, by our name.
         read: a tensor's values on the CPU, by our name.
         head: SwAV head and classifier that the source holds.

@@ -30,7 +30,7 @@ def write_torch_file(
     """Writes tensors as `torch.save` does.
 
     Args:
-        path: of the file; what was there is replaced.
+        path: path of the file; what was there is replaced.
         nest: from tensors by name to the object that is saved; it may rename and nest them.
         kinds: dtype and shape of every tensor.
         read: gives a tensor's values on the CPU, contiguous, when its turn comes.

@@ -46,7 +46,7 @@ def _bytes_of(item: Any, paths: bool) -> bytes:
     """Returns the bytes of an image file.
 
     Raises:
-        BadImage: the item is of another kind, or its text names no file and is no base64.
+        BadImage: the item is of another kind, or its text is neither the name of a file nor base64.
         OSError: the file cannot be read.
     """
     if isinstance(item, bytes):

@@ -32,7 +32,7 @@ _NO_FILES = "pipes, sockets and devices"
 
 
 class Listing(NamedTuple):
-    """What lies below a folder: paths of images and tar shards relative to it, sorted."""
+    """Content of a folder: paths of images and tar shards relative to it, sorted."""
 
     images: list[str]
     shards: list[str]
@@ -111,7 +111,7 @@ def list_folder(root: str) -> Listing:
 
 
 def _walk(root: str, left_out: LeftOut) -> Iterator[os.DirEntry[str]]:
-    """Yields everything below `root` that is no folder and not hidden."""
+    """Yields everything below `root` that is neither a folder nor hidden."""
     # A link to a folder above the root would lead to the root again, and out of it.
     above = os.path.dirname(os.path.realpath(root))
     seen = {_identity(os.stat(above))}
@@ -154,7 +154,7 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_irregular(entry: os.DirEntry[str]) -> bool:
-    """Returns whether an entry exists and is no regular file."""
+    """Returns whether an entry exists and is not a regular file."""
     try:
         return not entry.is_file() and not stat.S_ISREG(os.stat(entry.path).st_mode)
     except OSError:

@@ -45,7 +45,7 @@ _EXAMPLES = 3
 
 
 class LeftOut:
-    """What a collection does not use: by reason the count and the first names, fit to print."""
+    """Files that a collection leaves out: by reason the count and the first names, printable."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, tuple[int, list[str]]] = {}

@@ -1,4 +1,4 @@
-"""What goes wrong with an address, apart from what goes wrong with its copy on this machine."""
+"""Errors of a server, told apart from errors of the copy on this machine."""
 
 from __future__ import annotations
 

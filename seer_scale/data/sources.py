@@ -39,7 +39,7 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> LeftOut:
-        """What the collection holds and does not use."""
+        """Files and members that the collection holds and does not use."""
 
     @property
     def version(self) -> str:

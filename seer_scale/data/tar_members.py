@@ -35,8 +35,8 @@ class Member(NamedTuple):
 def read_members(shown: str, shard: FileIO) -> tuple[list[Member], LeftOut]:
     """Reads the headers of a shard, and checks that the shard is whole.
 
-    Hard links are members with the place of the member that they lead to. What is no file and has
-    an image's name is left out.
+    Hard links are members with the place of the member that they lead to. A member that has an
+    image's name and is not a file is left out.
 
     tarfile takes a damaged header or the end of the file for the end of the archive, and does not
     check that a member's bytes exist. Both would lose images silently.

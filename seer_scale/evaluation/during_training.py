@@ -152,7 +152,7 @@ def extract_shared(
 
     Returns:
         features: float32 [M, C] of the images that can be read and decoded.
-        places: of these among `images`, int64 [M], rising.
+        places: positions of these among `images`, int64 [M], rising.
         bad: names and causes of the others, fit to print.
     """
     world, rank = distributed.world_size(), distributed.rank()

@@ -60,7 +60,7 @@ class LinearOptions(TaskOptions):
         "BatchNorm",
     )
     benchmark: Literal["imagenet", "places205", "inat18"] = Field(
-        "imagenet", description="whose published maps are probed if maps is null"
+        "imagenet", description="dataset whose published maps are probed if maps is null"
     )
     base_lr: list[float] = Field(
         [0.01],

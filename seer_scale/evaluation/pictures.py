@@ -44,7 +44,7 @@ def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> Path:
     figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
     shown = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
     if count <= _NAMED_CLASSES:
-        # A name with two $ is no formula.
+        # A name with two $ is not a formula.
         axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
         axes.set_yticks(range(count), classes, parse_math=False)
     if count <= _COUNTED_CLASSES:

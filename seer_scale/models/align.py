@@ -42,7 +42,7 @@ def align_channels(trunk: RegNet, multiple: int) -> None:
 
     Args:
         trunk: without values yet (on meta), and not aligned before.
-        multiple: of channels; 1 changes nothing.
+        multiple: number that channels are a multiple of afterwards; 1 changes nothing.
     """
     names = {module: name for name, module in trunk.named_modules()}
 

@@ -71,7 +71,7 @@ def reshard_queue(
 
     Args:
         states: `EmbeddingQueue.state_dict` of every rank that saved, in rank order.
-        rank: of the one that loads.
+        rank: number of the rank that loads.
         world_size: ranks that load.
     """
     state = dict(states[0])

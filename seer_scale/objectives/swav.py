@@ -26,7 +26,7 @@ class SwAV:
     Args:
         crops: crops per image.
         temperature: temperature of the predictions; a smaller one makes them sharper.
-        epsilon: how soft the codes are; a smaller one makes them harder. RG-10B has 0.03.
+        epsilon: entropy weight of the codes; a smaller one makes them harder. RG-10B has 0.03.
         sinkhorn_iterations: iterations that balance the codes; SwAV has 3, SEER 10.
         assign_crops: numbers of the crops that give codes: those of high resolution.
         queue_length: earlier embeddings per assign crop and over all ranks that are balanced

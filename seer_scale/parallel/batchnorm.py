@@ -42,17 +42,17 @@ class _Normalize(torch.autograd.Function):
         mean: Tensor,
         variance: Tensor,
         inverse_std: Tensor,
-        count: Tensor,
+        negative_count: Tensor,
         eps: float,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance, inverse_std, count)
+        ctx.save_for_backward(x, weight, mean, variance, inverse_std, negative_count)
         ctx.eps, ctx.group = eps, group
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+        return _normalized(x, mean, variance, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, inverse_std, count = ctx.saved_tensors
+        x, weight, mean, variance, inverse_std, negative_count = ctx.saved_tensors
         # CUDA's kernel asserts that it gets the saved statistics (the two tensors after the
         # running ones); the CPU's takes them from the running ones and returns the same bits.
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -71,10 +71,18 @@ class _Normalize(torch.autograd.Function):
         sums = torch.stack([grad_bias, grad_weight])  # [2, C]
         distributed.all_reduce(sums, "sum", ctx.group)
         slope = weight * inverse_std  # [C]
-        offset, on_normalised = sums.mul_(slope).div_(-count).unbind()
-        grad_x = F.batch_norm(x, mean, variance, on_normalised, offset, eps=ctx.eps)
+        offset, on_normalised = sums.mul_(slope).div_(negative_count).unbind()
+        grad_x = _normalized(x, mean, variance, on_normalised, offset, ctx.eps)
         grad_x.addcmul_(grads[0], slope.view(1, -1, *[1] * (x.dim() - 2)))
         return grad_x, grad_weight, grad_bias, *[None] * 6
+
+
+def _normalized(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """Normalises by given statistics, with torch's kernel and nothing around it."""
+    y, _, _ = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)
+    return y
 
 
 class GroupedSyncBatchNorm(_BatchNorm):

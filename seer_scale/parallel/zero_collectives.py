@@ -1,4 +1,4 @@
-"""What ZeRO's stage 3 does before a reduction and after a gathering, in calls that need no ranks.
+"""ZeRO 3's work before a reduction and after a gathering; more ranks mean no more calls.
 
 DeepSpeed cuts every tensor for every rank in Python: 1.4 s of a backward pass for 371 tensors at
 512 ranks. The functions here give the same numbers, bit for bit.

@@ -23,7 +23,7 @@ class Part:
     Attributes:
         whole: number of parameters.
         units: parameters of each unit that a sharding strategy gathers together.
-        low: of each unit, the parameters of convolutions and linear layers that may run in 16 bit.
+        low: parameters per unit of convolutions and linear layers that may run in 16 bit.
         largest_tensor: parameters of the largest tensor.
         largest_layer: parameters of the largest layer, without its sublayers.
     """

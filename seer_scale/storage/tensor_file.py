@@ -124,7 +124,7 @@ def write_tensors(
     """Writes a safetensors file to the disk; one tensor is in memory at a time.
 
     Args:
-        path: of the file; what was there is replaced.
+        path: path of the file; what was there is replaced.
         kinds: dtype and shape of every tensor.
         read: gives a tensor's values on the CPU, contiguous, when its turn comes.
         metadata: further entries of the header.
@@ -159,7 +159,7 @@ def stream_tensors(
     """Writes a safetensors file; asks for its bytes in order, some megabytes at a time.
 
     Args:
-        path: of the file; what was there is replaced.
+        path: path of the file; what was there is replaced.
         kinds: dtype and shape of every tensor.
         fill: the source; it is asked for every byte of a tensor once.
         metadata: further entries of the header.

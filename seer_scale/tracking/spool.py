@@ -12,6 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ class Tracker:
         )  # readable: NFS wants that of a lock
         mark_as_written(self._file)
         self._warned = False
-        # A process killed in mid-write leaves half a line; it must not swallow the next one.
-        self._torn = not _ends_with_newline(self.folder / SPOOL)
+        # A process killed in mid-write leaves half a line, which no sender has read.
+        self._file.truncate(_whole_lines(self.folder / SPOOL))
 
     @property
     def run_id(self) -> str | None:
@@ -256,13 +257,14 @@ class Tracker:
         return since >= self._began and failing.get("uri") == settings.get("uri")
 
     def _append(self, kind: str, **fields: Any) -> None:
-        line = json.dumps({"kind": kind, **fields}).encode() + b"\n"
-        if self._torn:
-            line = b"\n" + line
+        line = memoryview(json.dumps({"kind": kind, **fields}).encode() + b"\n")
+        end = self._file.seek(0, os.SEEK_END)
         try:
-            self._torn = self._file.write(line) != len(line)
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
-            self._torn = True
+            with suppress(OSError):
+                self._file.truncate(end)  # half a line must not swallow the next one
             if not self._warned:
                 warnings.warn(f"tracking records are lost: {error}", stacklevel=3)
             self._warned = True
@@ -285,9 +287,6 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def _whole_lines(path: Path) -> int:
+    """Counts the bytes of a file up to the end of its last whole line."""
+    return path.read_bytes().rfind(b"\n") + 1

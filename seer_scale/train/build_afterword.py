@@ -1,4 +1,4 @@
-"""What a finished run says last: where its trunk is, and the commands that come next."""
+"""Last words of a finished run: where its trunk is, and the commands that come next."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def run_findings(
         resume: what `--resume` says, if it is given.
         nodes: machines of the run.
         ranks: ranks on each machine.
-        seconds: that the images, and a server, may take to answer.
+        seconds: time that the images, and a server, may take to answer.
     """
     run_dir, cuda = Path(config.run.dir), torch.cuda.is_available()
     yield from _memory(config, nodes=nodes, ranks=ranks, cuda=cuda)

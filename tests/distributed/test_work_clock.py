@@ -1,4 +1,4 @@
-"""A clock that jumps: what is measured or waited for never hangs on the time of day."""
+"""A clock that jumps: what is measured or waited for never depends on the time of day."""
 
 from __future__ import annotations
 

@@ -166,13 +166,19 @@ def layouts() -> list[tuple[list[str], list[str]]]:
 def test_backward_passes_saved_statistics_in_every_layout_and_few_calls(
     distributed: Distributed,
 ) -> None:
-    # The host's time of a step at scale is these calls. They were 37 and 23, counted alike (with
-    # views, and with what autograd adds).
+    # The host's time of a step at scale is these calls. They were 37 and 23, of which 29 and 18 are
+    # neither views nor autograd's sums of gradients.
+    def own(names: list[str]) -> list[str]:
+        others = ("split_with_sizes", "unbind", "view", "detach")  # detach: a first gradient
+        return [name for name in names if not any(other in name for other in others)]
+
     for rank in distributed(layouts, 2):
         for forward, backward in rank:
             assert "aten.native_batch_norm_backward.default" in backward
-            assert len(forward) <= 20, forward
-            assert len(backward) <= 15, backward
+            assert len(forward) <= 19, forward
+            assert len(backward) <= 13, backward
+            assert len(own(forward)) <= 16, forward
+            assert len(own(backward)) <= 8, backward
 
 
 def groups_of_three_models(group_size: int) -> tuple[int, bool]:

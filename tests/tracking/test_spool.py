@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def test_values_that_are_not_finite_survive(tmp_path: Path) -> None:
     assert (values["b"], values["c"]) == (float("inf"), float("-inf"))
 
 
-def test_a_line_being_written_waits_and_a_torn_one_costs_only_itself(tmp_path: Path) -> None:
+def test_a_line_being_written_waits_and_a_killed_one_costs_only_itself(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker.log_metrics({"loss": 1.0}, 0)
     spool = tracker.folder / SPOOL
@@ -76,9 +77,35 @@ def test_a_line_being_written_waits_and_a_torn_one_costs_only_itself(tmp_path: P
     resumed = Tracker(tmp_path)
     resumed.log_metrics({"loss": 2.0}, 1)
     found = list(read_events(spool, 0))
-    assert [event.kind for event in found] == ["metrics", "unreadable", "metrics"]
+    assert [event.fields["step"] for event in found] == [0, 1]
     assert found[-1].end == spool.stat().st_size
-    assert events(tracker, found[1].end) == [found[2].fields]
+    assert events(tracker, found[0].end) == [found[1].fields]
+
+
+def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log_metrics({"loss": 1.0}, 0)
+    spool = tracker.folder / SPOOL
+    with spool.open("ab") as file:
+        file.write(b'{"kind": "metrics", "ste\n')
+    tracker.log_metrics({"loss": 2.0}, 1)
+    assert [event.kind for event in read_events(spool, 0)] == ["metrics", "unreadable", "metrics"]
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines_only(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log_metrics({"loss": 1.0}, 0)
+    room = (tracker.folder / SPOOL).stat().st_size + 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.warns(UserWarning, match="tracking records are lost: .*File too large"):
+            tracker.log_metrics({"loss": 2.0}, 1)  # ten bytes of it fit
+        tracker.log_metrics({"loss": 3.0}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.log_metrics({"loss": 4.0}, 3)
+    assert [event["step"] for event in events(tracker)] == [0, 3]
 
 
 def test_appending_is_fast(tmp_path: Path) -> None:

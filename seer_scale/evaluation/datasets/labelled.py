@@ -170,7 +170,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _or_labels(option: str) -> str:
-    """What else gives labels, where there is such an option."""
+    """Names the option that gives labels too, where there is one."""
     return ", or give --labels FILE" if option.startswith("--") else ""
 
 

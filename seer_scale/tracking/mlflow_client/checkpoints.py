@@ -20,8 +20,8 @@ def find_checkpoints(run_id: str, uri: str, download_to: Path) -> list[Path]:
     copies, the newest that no longer exists locally is downloaded.
 
     Args:
-        run_id: of the MLflow run.
-        uri: of the server.
+        run_id: id of the MLflow run.
+        uri: address of the server.
         download_to: the folder that a download is put into, under the checkpoint's own name.
 
     Raises:

@@ -25,7 +25,7 @@ def of_version(config: Mapping[str, Any], tags: Mapping[str, str]) -> str:
 
     Args:
         config: the trunk's config.json.
-        tags: of the version; the k-NN accuracy, if it is known, is among them.
+        tags: tags of the version; the k-NN accuracy, if it is known, is among them.
     """
     made: Mapping[str, Any] = config.get("pretraining", {})
     text = f"{_VERSION}{config['trunk']}`, features of {config['width']} values"
@@ -56,7 +56,7 @@ def of_model(newest: str, text: str) -> str:
 
     Args:
         newest: number of its newest version.
-        text: that of this version.
+        text: description of this version.
     """
     return (
         f"{_MODEL}: RegNets pretrained without labels. Load one with "

@@ -88,13 +88,13 @@ def register_trunk(
     """Registers an exported trunk under its run, whose status stays, or under a new run.
 
     Args:
-        uri: of the server, with credentials.
+        uri: address of the server, with credentials.
         folder: from `serving.export_trunk`.
-        name: of the registered model; also of a run of its own.
-        aliases: that shall point at the version.
-        run_id: of the run that the trunk comes from, if there is one.
-        step: of the trunk in that run.
-        experiment: of a run of its own.
+        name: name of the registered model; also of a run of its own.
+        aliases: aliases that shall point at the version.
+        run_id: id of the run that the trunk comes from, if there is one.
+        step: step of the trunk in that run.
+        experiment: name of the experiment of a run of its own.
         scratch: a folder with room for a copy of the weights.
 
     Returns:

@@ -34,10 +34,10 @@ def log_study(
     """Creates or updates the parent run of a study, with its child runs and its report.
 
     Args:
-        uri: of the server.
-        experiment: that parent and children are in.
-        name: of the parent run.
-        identity: of the study; the same one keeps its parent run.
+        uri: address of the server.
+        experiment: name of the experiment that parent and children are in.
+        name: name of the parent run.
+        identity: key of the study; the same one keeps its parent run.
         children: ids of the runs of its points.
         files: to be kept as artifacts.
         finished: whether no point is left.
@@ -85,15 +85,15 @@ def log_evaluation(
     """Logs metrics and files under a run, whose status stays, or under a new run.
 
     Args:
-        uri: of the server, with credentials.
-        run_id: of the run, if there is one.
-        experiment: of a run of its own.
-        run_name: of a run of its own, which the same name finds again.
-        params: of a run of its own.
+        uri: address of the server, with credentials.
+        run_id: id of the run, if there is one.
+        experiment: name of the experiment of a run of its own.
+        run_name: name of a run of its own, which the same name finds again.
+        params: parameters of a run of its own.
         metrics: values by name.
-        step: of the model.
+        step: step of the model.
         files: to be uploaded.
-        folder: of the run's artifacts that they go to.
+        folder: folder of the run's artifacts that they go to.
         scratch: unused while no model is logged.
 
     Returns:
