@@ -65,10 +65,15 @@ COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=package /opt/seer-scale /opt/seer-scale
 ENV PATH=/opt/venv/bin:/opt/seer-scale/bin:$PATH \
     PYTHONPATH=/opt/seer-scale \
-    PYTHONUNBUFFERED=1
+    PYTHONSAFEPATH=1 \
+    PYTHONUNBUFFERED=1 \
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
+# PYTHONSAFEPATH: a clone in the current folder does not take the place of the image's package.
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT: after SIGTERM, torchrun's default kills the ranks after 30 s.
 RUN install -d -o 1000 -g 1000 /workspace
 # Ubuntu's images come with this user.
 USER 1000:1000
 WORKDIR /workspace
 HEALTHCHECK --interval=5m --timeout=30s --start-period=1m CMD ["seer-scale", "doctor", "--quick"]
-ENTRYPOINT ["deepspeed", "--no_local_rank", "--module", "seer_scale", "pretrain"]
+# Not deepspeed: as process 1 it ignores SIGTERM, so `docker stop` would kill a run that has not saved.
+ENTRYPOINT ["torchrun", "--nproc-per-node", "auto", "-m", "seer_scale", "pretrain"]

@@ -52,6 +52,12 @@ def test_it_is_what_was_promised() -> None:
     last = max(n for n, (keyword, _) in enumerate(found) if keyword == "FROM")
     final = dict(found[last:])
     assert final["USER"] == "1000:1000"
+    # deepspeed as process 1 ignores SIGTERM; torchrun waits, and a stop of 300 s has to cover that.
+    assert json.loads(final["ENTRYPOINT"])[0] == "torchrun"
+    environment = dict(pair.split("=", 1) for pair in shlex.split(environments(found[last:])))
+    assert 30 < int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < 300
+    assert "docker stop -t 300" in (ROOT / "docs" / "containers.md").read_text()
+    assert environment["PYTHONSAFEPATH"] == "1"
     assert final["HEALTHCHECK"].endswith('CMD ["seer-scale", "doctor", "--quick"]')
     arguments = {rest.partition("=")[0] for keyword, rest in found if keyword == "ARG"}
     assert {"BASE", "BUILD_BASE", "APEX", "FAIRSCALE"} <= arguments
@@ -63,6 +69,10 @@ def test_it_is_what_was_promised() -> None:
         if keyword == "COPY" and "--from" not in rest:
             for source in rest.split()[:-1]:
                 assert source == "." or source.split("/")[0] in allowed, source
+
+
+def environments(found: list[tuple[str, str]]) -> str:
+    return " ".join(rest for keyword, rest in found if keyword == "ENV")
 
 
 def context_names() -> list[str]:
@@ -190,7 +200,7 @@ def test_every_run_line_runs(scratch: Path) -> None:
     written = final.run("id -u && touch /workspace/mine && ! touch /opt/venv/mine")
     assert written.returncode == 0, written.stderr
     assert written.stdout == "1000\n"
-    launcher = shlex.join(entrypoint).replace("--module", "--num_gpus 1 --module")
+    launcher = shlex.join(entrypoint).replace("auto", "1")
     options = "--recipe debug --deepspeed_config ds_configs/zero2.json"
     asked = final.run(f"{launcher} {options}", HOME="/workspace")
     assert "data path data/demo/train does not exist" in asked.stderr, asked.stderr
