@@ -146,6 +146,15 @@ def test_ranks_run_in_the_container(tmp_path: Path, cluster: dict[str, str]) -> 
     assert started == [f"0: {command}", f"1: {command}"]
 
 
+def test_ranks_get_the_cores_that_were_asked_for(tmp_path: Path, cluster: dict[str, str]) -> None:
+    """srun does not read sbatch's --cpus-per-task from SLURM_CPUS_PER_TASK."""
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "cores: $SRUN_CPUS_PER_TASK"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    log = tmp_path / "job.log"
+    assert submit(cluster | {"SLURM_CPUS_PER_TASK": "8"}, [], log).wait(20) == 0
+    assert log.read_text() == 2 * "cores: 8\n"
+
+
 def test_tars_are_staged_whole_and_once(tmp_path: Path, cluster: dict[str, str]) -> None:
     shards, log = tmp_path / "shards", tmp_path / "job.log"
     shards.mkdir()
@@ -217,6 +226,10 @@ def test_the_pytorchjob_is_one() -> None:
     ranks = int(spec["nprocPerNode"])
     for nodes in range(elastic["minReplicas"], elastic["maxReplicas"] + 1):
         check_run(parsed.config, None, world_size=nodes * ranks, local_world_size=ranks, cuda=True)
+    # torchrun kills ranks before Kubernetes kills the pod, and not after its default of 30 s.
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    patience = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert 30 < patience < pod["terminationGracePeriodSeconds"]
     assert parsed.resume == "auto"
     assert Path(parsed.config.run.dir).is_relative_to(mounted["runs"])
     assert Path(parsed.config.data.path).is_relative_to(mounted["data"])
