@@ -39,8 +39,9 @@ HELP = "\n".join(
         "",
         *(f"  {name:<12}{about}" for name, about in COMMANDS.items()),
         "",
-        "More than one process: `deepspeed launch/pretrain.py ...` in a clone, or anywhere",
-        "`torchrun --nproc-per-node 8 -m seer_scale pretrain ...`, which goes for evaluate too.",
+        "More than one process, for pretrain and evaluate:",
+        "  torchrun --nproc-per-node 8 -m seer_scale pretrain ...",
+        "  deepspeed --no_local_rank --module seer_scale pretrain ...",
         "",
         "  --version   print the version",
         "  --help      print this",
@@ -99,6 +100,10 @@ def main() -> NoReturn:
     if command == "--version":
         print(f"seer-scale {__version__}")
         sys.exit(0)
+    if command.startswith("--local_rank"):
+        exit_with(
+            ConfigError(f"{command} comes from the deepspeed launcher: add --no_local_rank to it")
+        )
     if command not in COMMANDS:
         from seer_scale.errors import did_you_mean
 

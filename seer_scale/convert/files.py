@@ -89,6 +89,11 @@ def _knn_of(folder: Path) -> dict[str, Any]:
 
 
 def _open_safetensors(path: Path) -> Weights:
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path} is an ONNX file, which is an export only: give the run, the checkpoint or the "
+            "weights that it was made of"
+        )
     try:
         file = TensorFile(path)
     except (ValueError, KeyError, TypeError, OSError) as error:

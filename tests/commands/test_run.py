@@ -73,6 +73,10 @@ def test_every_command_has_help(command: str) -> None:
             ["pretrian"],
             "error: pretrian is not a command: did you mean pretrain? the commands are ",
         ),
+        (
+            ["--local_rank=0", "pretrain"],
+            "error: --local_rank=0 comes from the deepspeed launcher: add --no_local_rank to it",
+        ),
         (["pretrain"], "error: no recipe is named: add --recipe NAME, one of debug, demo, "),
         (
             ["evaluate", "kn", "--model", "x", "--data", "y"],

@@ -49,6 +49,13 @@ def test_a_pickle_that_asks_for_code_is_refused_and_named(writer: str, tmp_path:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_onnx_file_is_named_an_export(tmp_path: Path) -> None:
+    path = tmp_path / "trunk.onnx"
+    path.write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(CheckpointError, match="is an ONNX file, which is an export only: give the"):
+        seer_scale.load(path)
+
+
 def test_numpys_scalars_are_no_code_but_its_arrays_are_not_needed(tmp_path: Path) -> None:
     state = random_trunk(TRUNK).state_dict()
     path = tmp_path / "weights.pth"
