@@ -23,6 +23,7 @@ help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(READY)  ## install everything, pinned, into .venv
+	@echo "ready: source $(VENV)/bin/activate, then seer-scale doctor; docs/quick-start.md goes on"
 
 $(READY): $(LOCK) setup.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 setup")'

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns 0, or 1 after a message."""
     arguments = parser().parse_args(argv)
     from seer_scale.convert import convert  # torch is first imported here
+    from seer_scale.convert.model_card import loading_code
 
     found = convert(arguments.source, arguments.to, arguments.out, trunk=arguments.trunk)
     tensors = f"{len(found.kinds)} tensors"
@@ -54,5 +55,7 @@ def main(argv: list[str]) -> int:
     print(f"{found.origin} is {found.trunk} under {found.dialect}'s names: {tensors}")
     for note in found.notes:
         print(f"  {note}")
-    print(f"wrote {arguments.out}")
+    print(f"wrote {arguments.out}; what loads it:")
+    for line in loading_code(arguments.to, found.trunk, str(arguments.out)).splitlines():
+        print(f"  {line}")
     return 0

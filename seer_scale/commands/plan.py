@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.example = "--recipe demo --hardware rtx_4090_24gb --nodes 1 --gpus-per-node 1"
     parser.add_argument(
         "--recipe", type=expand_home, required=True, help="recipe, as seer-scale pretrain takes it"
     )

@@ -134,7 +134,8 @@ def _train(
         if done := step >= config.train.steps:
             tell(
                 f"--resume {arguments.resume}: step {step} is done and train.steps is "
-                f"{config.train.steps}, so nothing is left to train; a larger train.steps goes on"
+                f"{config.train.steps}, so nothing is left to train; a larger train.steps goes on, "
+                "at the learning rates of the longer run"
             )
         stop = Stop.NO
         if not (done and distributed.broadcast_object(has_ended(config))):

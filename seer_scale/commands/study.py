@@ -7,6 +7,7 @@ Started again, the command skips finished points.
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from seer_scale.config.argument_types import at_least, command_parser
 from seer_scale.config.home_folder import local_path
@@ -78,4 +79,7 @@ def main(argv: list[str]) -> int:
     if arguments.point is not None:
         commands.run_one(study, root, points, arguments.point, print)
         return 0
+    out = ["--out", str(arguments.out)] if arguments.out else []
+    asked = ["seer-scale", "study", "--study", str(arguments.study), *out, "--status"]
+    print(f"how far it is, at any time: {shlex.join(asked)}", flush=True)
     return commands.run_all(study, root, points, print)

@@ -11,10 +11,18 @@ from seer_scale.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports mistakes as a `ConfigError`: one sentence, no usage text."""
+    """An argument parser that reports mistakes as a `ConfigError`: one sentence, no usage text.
+
+    Attributes:
+        example: values of the required arguments, shown when one of them is missing.
+    """
+
+    example = ""
 
     def error(self, message: str) -> NoReturn:
         """Raises `ConfigError` with argparse's message."""
+        if self.example and message.startswith("the following arguments are required"):
+            message += f", for example {self.example}"
         raise ConfigError(f"{message}; see --help")
 
 

@@ -72,7 +72,9 @@ RGB, values in [0, 1], then per channel (x - mean) / std with mean {list(MEAN)} 
 
 ## Loading
 
-{_loading(to, source, product)}
+```python
+{loading_code(to, source.trunk, product)}
+```
 
 ## Licence
 
@@ -119,9 +121,16 @@ def _parameters(source: TrunkWeights) -> int:
     return sum(kind.numel for name, kind in source.kinds.items() if not name.endswith(buffers))
 
 
-def _loading(to: str, source: TrunkWeights, product: str) -> str:
-    torchvision = TORCHVISION.get(source.trunk)
-    lines = {
+def loading_code(to: str, trunk: str, product: str) -> str:
+    """Returns the lines of Python that load an export.
+
+    Args:
+        to: format of the export.
+        trunk: name of the trunk.
+        product: path of the export, as the lines shall name it.
+    """
+    torchvision = TORCHVISION.get(trunk)
+    return {
         "safetensors": f"import seer_scale\ntrunk = seer_scale.load({product!r})",
         "timm": f"import timm\nmodel = timm.create_model('local-dir:{product}', pretrained=True)",
         "huggingface": "from transformers import AutoModel\n"
@@ -137,4 +146,3 @@ def _loading(to: str, source: TrunkWeights, product: str) -> str:
         "onnx": f"import onnxruntime\nsession = onnxruntime.InferenceSession({product!r})\n"
         "features = session.run(None, {'images': images})[0]",
     }[to]
-    return f"```python\n{lines}\n```"

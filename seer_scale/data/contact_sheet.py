@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,10 +33,19 @@ def draw_cell(
     if image:
         cell.paste(image)
     draw = ImageDraw.Draw(cell)
-    font = ImageFont.load_default(size=_FONT_SIZE)  # Pillow's own: no machine needs a font
     for number, (text, colour) in enumerate(lines):
-        draw.text((0, top + _LINE * number), text, colour, font)
+        draw.text((0, top + _LINE * number), text, colour, _font(text.isascii()))
     return cell
+
+
+@cache
+def _font(plain: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font that a package brings along. Pillow's own, for plain ASCII, has hardly any accent."""
+    if plain:
+        return ImageFont.load_default(size=_FONT_SIZE)
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE - 1)
 
 
 def draw_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

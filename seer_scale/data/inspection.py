@@ -52,7 +52,11 @@ class Survey:
     def report(self, source: Source) -> str:
         """Formats the survey as text, with what `source`, the collection, leaves out."""
         total = len(source)
-        lines = [f"{total:,} images, {self.looked_at:,} of them decoded: {len(self.widths):,} good"]
+        good = len(self.widths)
+        lines = [
+            f"{total:,} images, {self.looked_at:,} of them checked: {good:,} good, "
+            f"{self.looked_at - good:,} bad"
+        ]
         if self.widths:
             lines.append(f"{'':<8}{'min':>12}{'median':>12}{'max':>12}")
             columns = (("width", self.widths), ("height", self.heights), ("bytes", self.encoded))

@@ -18,7 +18,7 @@ from seer_scale.planner.planned import Plan
 from seer_scale.storage.ownership import owned
 from seer_scale.studies.report import write_report
 from seer_scale.studies.results import row_of
-from seer_scale.studies.run import is_finished, run_point
+from seer_scale.studies.run import is_finished, log_file, run_point
 from seer_scale.studies.status import aligned, progress_of, seconds_left, status_table
 from seer_scale.studies.stopping import StoppedError, StopSignals
 from seer_scale.studies.study import Point, Study, points_of, read_study
@@ -68,10 +68,20 @@ def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
                 "finished" if is_finished(study, root, point) else "to do",
             ]
         )
+    ranks = f"{study.processes} rank{'s' * (study.processes > 1)} of {study.hardware}"
+    # The planner's speed of a CPU is an upper limit.
+    counts = "counts at least" if study.hardware == "cpu" else "counts"
     return (
-        f"{aligned(lines)}\n\n{len(points)} points on {study.processes} ranks of {study.hardware}: "
-        f"the planner counts {total:.2f} hours of training, without evaluations; folder: {root}"
+        f"{aligned(lines)}\n\n{len(points)} points on {ranks}: the planner {counts} "
+        f"{_amount(total)} of training, without evaluations; folder: {root}"
     )
+
+
+def _amount(hours: float) -> str:
+    """A time in the unit that suits it."""
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.1f} seconds"
 
 
 def run_all(study: Study, root: Path, points: Sequence[Point], say: Say) -> int:
@@ -96,7 +106,7 @@ def run_all(study: Study, root: Path, points: Sequence[Point], say: Say) -> int:
             if is_finished(study, root, point):
                 say(f"{where}: finished before, {progress_of(study, root, point).words()}")
                 continue
-            say(f"{where}: {point.steps:,} steps")
+            say(f"{where}: {point.steps:,} steps, log {log_file(root, point)}")
             try:
                 run_point(study, root, point, stop, say)
             except StoppedError:

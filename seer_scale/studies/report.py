@@ -72,7 +72,7 @@ def _grid(study: Study) -> str:
     counts = [
         (len(study.sizes), "sizes"),
         (len(study.seeds), "seeds"),
-        (len(study.images), "budgets of images"),
+        (len(study.images), "image budgets"),
         (len(study.objectives), "objectives"),
     ]
     return " x ".join(

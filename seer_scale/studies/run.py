@@ -37,6 +37,11 @@ def evaluation_file(root: Path, point: Point, task: str) -> Path:
     return root / "evaluations" / point.name / f"{task}.json"
 
 
+def log_file(root: Path, point: Point) -> Path:
+    """Path of the output of a point's commands."""
+    return root / "logs" / f"{point.name}.log"
+
+
 def missing_evaluations(study: Study, root: Path, point: Point) -> list[str]:
     """Names of the tasks whose results of a point are missing."""
     tasks = study.evaluate.tasks if study.evaluate else {}
@@ -64,7 +69,7 @@ def run_point(
         StoppedError: if the study was asked to stop; the command has ended.
         UserError: if a command of the point failed `study.retries` + 1 times.
     """
-    log = root / "logs" / f"{point.name}.log"
+    log = log_file(root, point)
     if not is_trained(point):
         command = [*_launcher(study), "pretrain", *point.arguments]
         command += ["--resume", "auto"]

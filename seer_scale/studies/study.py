@@ -95,9 +95,10 @@ class Study(_Section):
             whole, rest = divmod(budget, self.global_batch or self.steps or 1)
             if rest or not whole:
                 divisor = "global_batch" if self.global_batch else "steps"
+                unit = self.global_batch or self.steps or 1
+                near = " or ".join(str(unit * n) for n in (whole, whole + 1) if n)
                 raise ValueError(
-                    f"images has {budget}, which is not a multiple of {divisor} "
-                    f"{self.global_batch or self.steps}"
+                    f"images has {budget}, which is not a multiple of {divisor} {unit}: take {near}"
                 )
         return self
 

@@ -48,7 +48,7 @@ def has_ended(config: RunConfig) -> bool:
 
 
 def _commands(config: RunConfig, version: str | None) -> list[str]:
-    """The commands that evaluate, convert and, if it is registered, serve the trunk."""
+    """The commands that evaluate and convert the trunk and, if it is registered, serve it."""
     run, size = shlex.quote(config.run.dir), max(config.data.crop_sizes)
     labelled = shlex.quote(config.eval.data) if config.eval.data else "LABELLED"
     own_size = "" if size == USUAL_SIZE else f" size={size}"
@@ -62,6 +62,11 @@ def _commands(config: RunConfig, version: str | None) -> list[str]:
     ]
     if version:
         uri = redact(resolve_uri(config.tracking.uri))
+        if uri.startswith("sqlite:"):  # a server has its pages already
+            commands.append(
+                f"mlflow server --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
+                "   # shows the run at http://127.0.0.1:5000"
+            )
         known = os.environ.get("MLFLOW_TRACKING_URI") == uri
         model = shlex.quote(f"models:/{config.tracking.registered_name}/{version}")
         commands.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from seer_scale.data.contact_sheet import INK, draw_cell
 from seer_scale.data.inspection import spread
 
 
@@ -19,3 +20,9 @@ from seer_scale.data.inspection import spread
 )
 def test_chosen_images_are_spread_evenly(total: int, most: int, expected: list[int]) -> None:
     assert spread(total, most) == expected
+
+
+def test_names_with_accents_are_drawn_as_letters() -> None:
+    """A font draws one and the same box for every letter that it lacks."""
+    drawn = {draw_cell(None, [(letter, INK)], 20).tobytes() for letter in "üéøšЖλ"}
+    assert len(drawn) == 6

@@ -138,7 +138,7 @@ def test_inspect_counts_the_same(
     assert main(["inspect", path, "--survey", "0", "--out", str(tmp_path / "sheet.png")]) == 0
     said = capsys.readouterr().out
     good = sum(file.cause is None for file in used(files))
-    assert f"{len(used(files))} images, {len(used(files))} of them decoded: {good} good" in said
+    assert f"{len(used(files))} images, {len(used(files))} of them checked: {good} good" in said
     for cause, count in Counter(file.cause for file in used(files) if file.cause).items():
         assert f"\n{count} bad: {cause}\n" in said
     for reason, count in Counter(file.left_out for file in files if file.left_out).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ def test_a_folder_holds_weights_config_and_card(
     assert main([str(tmp_path / "source.safetensors"), "--to", to, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"is {TRUNK} under torchvision's names: {len(state)} tensors" in printed
+    lines = printed.split(f"wrote {out}; what loads it:\n")[1]
+    assert str(out) in lines
+    exec(textwrap.dedent(lines), found := {})  # as a user copies them
+    assert found["model"] is not None
     assert len(load_file(out / "model.safetensors")) == len(state)
     assert json.loads((out / "config.json").read_text())
     card = (out / "README.md").read_text()

@@ -53,7 +53,7 @@ def test_inspect_counts_sizes_and_names_bad_files(
     out = tmp_path / "sheet.png"
     assert main(["inspect", str(folder), "--out", str(out), "--count", "3"]) == 0
     text = capsys.readouterr().out
-    assert "6 images, 6 of them decoded: 4 good" in text
+    assert "6 images, 6 of them checked: 4 good, 2 bad" in text
     assert re.search(r"^width +300 +450 +600$", text, re.M)
     assert re.search(r"^height +240 +240 +240$", text, re.M)
     assert re.search(r"^bytes +0 ", text, re.M)
@@ -140,7 +140,7 @@ def test_inspect_reads_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             tar.addfile(member, io.BytesIO(data))
     arguments = ["--out", str(tmp_path / "sheet.png"), "--survey", "2"]
     assert main(["inspect", str(tmp_path / "0.tar"), *arguments]) == 0
-    assert "5 images, 2 of them decoded: 2 good" in capsys.readouterr().out
+    assert "5 images, 2 of them checked: 2 good, 0 bad" in capsys.readouterr().out
 
 
 def test_a_collection_without_a_good_image_has_no_sheet(tmp_path: Path) -> None:

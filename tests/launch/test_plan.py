@@ -303,6 +303,7 @@ def test_help_says_what_the_status_is() -> None:
         (("--recipe", "debug", *WHERE, "--sarch"), "--sarch is not an option"),
         (("--recipe", "debug", *WHERE[:-1], "0"), "0 is not 1 or more"),
         (("--recipe", "debug"), "the following arguments are required: --hardware"),
+        (("--recipe", "debug"), ", for example --recipe demo --hardware rtx_4090_24gb --nodes 1 "),
         (
             (
                 "--recipe",

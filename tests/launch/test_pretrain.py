@@ -69,7 +69,9 @@ def test_deepspeed_trains_and_registers(images: Path, tmp_path: Path) -> None:
     assert len(lines(tmp_path / "run")) == 8
     assert "step 8/8" in done.stderr
     assert "regnety_debug, 0.24M parameters, zero2, 2 x cpu" in done.stderr
-    *_, trunk_line, _, evaluate, convert, serve = done.stderr.split("finished: ")[1].splitlines()
+    *_, trunk_line, _, evaluate, convert, show, serve = done.stderr.split("finished: ")[
+        1
+    ].splitlines()
     run = tmp_path / "run"
     # Version 1 is of step 4.
     assert (
@@ -78,6 +80,10 @@ def test_deepspeed_trains_and_registers(images: Path, tmp_path: Path) -> None:
     )
     assert evaluate == f"  seer-scale evaluate knn --model {run} --data LABELLED size=32"
     assert convert == f"  seer-scale convert {run} --to huggingface --out exports/run-huggingface"
+    assert show == (
+        f"  mlflow server --host 127.0.0.1 --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
+        "   # shows the run at http://127.0.0.1:5000"
+    )
     assert serve.endswith(
         "models serve --env-manager local --port 5001 --model-uri models:/seer-test/2"
     )
@@ -197,7 +203,7 @@ def test_resuming_a_finished_run_says_so(images: Path, tmp_path: Path) -> None:
     assert "models serve" not in last
     assert again.stderr == (
         "--resume auto: step 2 is done and train.steps is 2, so nothing is left to train; "
-        f"a larger train.steps goes on\n{last}"
+        f"a larger train.steps goes on, at the learning rates of the longer run\n{last}"
     )
     more = [*argv[:-2], "train.steps=3", "optim.warmup_steps=1", "--resume", "auto"]
     done = launch([*PYTHON, *more], tmp_path)

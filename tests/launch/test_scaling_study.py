@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,11 @@ def test_a_killed_study_repeats_no_finished_point(tmp_path: Path) -> None:
     second = start(path, out, tmp_path / "second.log")
     assert second.wait(500) == 0, (tmp_path / "second.log").read_text()
     said = (tmp_path / "second.log").read_text()
+    asked = f"seer-scale study --study {path} --out {out} --status"
+    assert said.startswith(f"how far it is, at any time: {asked}\n")
+    log = out / "logs" / "regnety_200mf-swav-16-seed0.log"
+    assert f"[2/2] regnety_200mf-swav-16-seed0: 4 steps, log {log}\n" in said
+    assert log.is_file()
     assert "[1/2] regnety_debug-swav-16-seed0: finished before" in said
     assert {file: file.stat().st_mtime_ns for file in before} == before
     for size in SIZES:
@@ -146,6 +152,10 @@ def test_a_dry_run_prices_every_point(tmp_path: Path, capsys: pytest.CaptureFixt
         (line,) = [line for line in lines if line.startswith(size)]
         assert line.endswith("to do")
         assert "GiB" in line
+    assert re.search(
+        r"2 points on 1 rank of cpu: the planner counts at least \d+\.\d seconds of training",
+        lines[-1],
+    )
     assert not (tmp_path / "out").exists()
 
 

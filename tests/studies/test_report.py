@@ -147,3 +147,9 @@ def test_a_law_is_written_with_its_own_band() -> None:
     (row,) = _laws([Panel("loss", "loss, last tenth", "parameters", (series,))])
     assert row[1:] == ["3", "3 [1.2, 4.8]", "0.3 [0.12, 0.48]", "-12.5%"]
     assert "swav" in row[0]
+
+
+def test_one_of_a_kind_is_said_in_the_singular(tmp_path: Path) -> None:
+    study, found = points(tmp_path, sizes=SIZES[:2], seeds=[0], images=[64])
+    page = write_report(study, rows_of(found), tmp_path / "report", tracking=None, missing=[])
+    assert "2 sizes x 1 seed x 1 image budget x 1 objective" in page.read_text()

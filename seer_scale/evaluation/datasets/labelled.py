@@ -153,8 +153,8 @@ def _find_parts(path: str, option: str) -> tuple[str, str]:
         candidates = [root / name for name in names if (root / name).exists()]
         if not candidates:
             raise DataError(
-                f"{option}{path} has no `{part}` below it: an evaluation needs `train` and `val`, "
-                "or both parts as TRAIN,VAL"
+                f"{option}{path} has no `{part}` below it: an evaluation needs `train` and `val` "
+                "with a folder per class in each, or both parts as TRAIN,VAL"
             )
         found[part] = str(candidates[0])
     return found["train"], found["val"]

@@ -59,7 +59,7 @@ def run(context: Context, options: Options) -> Result:
         context.say(
             f"k = {chosen['k']} and temperature {chosen['temperature']:g} are the best of "
             f"{len(sweep)} settings on the validation images themselves, as is usual; "
-            "k=[20] temperature=[0.07] would choose nothing"
+            "to choose beforehand, give one of each, such as k=[20] temperature=[0.07]"
         )
     predictions = best[1].argmax(1)
     matrix = confusion(data.val.targets, predictions, len(data.classes))

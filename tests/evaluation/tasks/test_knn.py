@@ -144,6 +144,7 @@ def test_every_setting_of_a_sweep_is_its_own(few_shapes: Path, tmp_path: Path) -
         for k, temperature in settings
     ]
     sweep = result.details["sweep"]
+    assert "to choose beforehand, give one of each, such as k=[20] temperature=[0.07]" in said[-1]
     assert [(row["k"], row["temperature"]) for row in sweep] == settings
     assert [row["top1"] for row in sweep] == expected
     assert len(set(expected)) >= 3  # settings that change nothing would tell nothing
