@@ -44,11 +44,11 @@ def describe(plan: Plan, price: float | None = None) -> str:
         *block("sent by a rank in a step", sent, ("GB", 1e-9), ("MB", 1e-6)),
         *block("time of a step", spent, ("s", 1), ("ms", 1e3)),
         "",
-        cost(plan, price),
+        ("" if plan.fits else "if it fitted: ") + cost(plan, price),
         scope(plan),
     ]
     if plan.fits:
-        lines += ["", plan.command]
+        lines += ["", plan.command, "", "--search looks for a faster plan"]
     return "\n".join(lines)
 
 

@@ -33,7 +33,8 @@ def test_a_folder_holds_weights_config_and_card(
     assert f"is {TRUNK} under torchvision's names: {len(state)} tensors" in printed
     lines = printed.split(f"wrote {out}; what loads it:\n")[1]
     assert str(out) in lines
-    exec(textwrap.dedent(lines), found := {})  # as a user copies them
+    found: dict[str, object] = {}
+    exec(textwrap.dedent(lines), found)  # as a user copies them
     assert found["model"] is not None
     assert len(load_file(out / "model.safetensors")) == len(state)
     assert json.loads((out / "config.json").read_text())
