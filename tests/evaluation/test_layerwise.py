@@ -65,10 +65,10 @@ def test_only_a_large_trunk_is_read_layer_by_layer(
         assert next(trunk.parameters()).is_meta == layerwise
 
 
-def grown(opened: Callable[..., nn.Module], folder: Path, *more: Any) -> int:
+def grown(opened: Callable[..., nn.Module], small: Path, folder: Path, *more: Any) -> int:
     """Bytes by which the resident memory of this process grew at most, for one forward pass."""
     with torch.inference_mode():
-        build_trunk("regnety_debug")(torch.zeros(1, 3, 32, 32))  # what torch itself takes
+        opened(small, *more)(torch.zeros(1, 3, 32, 32))  # what torch and imports take
         before = resident_bytes("VmRSS")
         opened(folder, *more)(torch.zeros(1, 3, 32, 32))
     return resident_bytes("VmHWM") - before
@@ -76,12 +76,15 @@ def grown(opened: Callable[..., nn.Module], folder: Path, *more: Any) -> int:
 
 @pytest.mark.long
 def test_a_rank_holds_little_more_than_a_layer(tmp_path: Path) -> None:
-    """80 million parameters, of which the largest layer has 3.6 %."""
+    """80 million parameters, of which the largest layer has 11 %."""
     folder = exported(tmp_path / "trunk", "regnety_16gf")
+    small = exported(tmp_path / "small", "regnety_debug")
     size = (folder / "trunk.safetensors").stat().st_size
     found = []
-    for case in ((load_trunk, folder), (open_layerwise, folder, CPU)):
+    for case in ((load_trunk, small, folder), (open_layerwise, small, folder, CPU)):
         with get_context("spawn").Pool(1) as pool:
             found.append(pool.apply(grown, case))
     assert found[0] > size  # so the measure sees a whole trunk
-    assert found[1] < size / 5
+    layers = build_trunk("regnety_16gf", device="meta").modules()
+    largest = max(sum(p.nbytes for p in layer.parameters(recurse=False)) for layer in layers)
+    assert found[1] < 2 * largest  # the layer, and the kernels' own order of its weights

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.long, pytest.mark.timeout(600)]
 
 SIZE = 64
 # What torch and Pillow import where it happens to be installed.
-OPTIONAL = {"setuptools", "tqdm", "colorama", "defusedxml"}
+OPTIONAL = {"setuptools", "tqdm", "colorama", "defusedxml", "coverage"}
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture(autouse=True)
+def own_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run on this machine may have the usual port."""
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+
+
 def doctor(
     images: Path, run_dir: Path, *more: str, capsys: pytest.CaptureFixture[str], ranks: int = 2
 ) -> tuple[int, dict[str, str]]:
