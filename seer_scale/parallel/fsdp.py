@@ -92,10 +92,10 @@ def _keep_float32(unit: FSDPModule, low_layers: Collection[nn.Module]) -> None:
     torch has a type per unit. BatchNorm's few numbers as units of their own would double the number
     of collectives, and be gathered and reduced once per resolution.
     """
-    for group in unit._get_fsdp_state()._fsdp_param_groups:
-        for own in group.fsdp_params:
-            if own._module_info.module not in low_layers:
-                own.init_dtype_attrs = partial(_init_as, own.init_dtype_attrs)  # type: ignore[method-assign]
+    group = unit._get_fsdp_state()._fsdp_param_group  # None if units inside have all parameters
+    for own in group.fsdp_params if group else ():
+        if own._module_info.module not in low_layers:
+            own.init_dtype_attrs = partial(_init_as, own.init_dtype_attrs)  # type: ignore[method-assign]
 
 
 def _init_as(init: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy) -> None:
