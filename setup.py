@@ -86,8 +86,8 @@ setup(
         "pillow>=12.2",
         "simplejpeg>=1.8",
         "opencv-python-headless>=4.10",
-        "fsspec[http]>=2025.3",
-        "s3fs>=2025.3",
+        "fsspec[http]>=2025.12",
+        "s3fs>=2025.12",
         "pyarrow>=17",
         "braceexpand>=0.1.7",
         "jinja2>=3.1",
@@ -104,11 +104,11 @@ setup(
         # The photographs of telephones.
         "heif": ["pillow-heif>=1.1"],
         # The photographs of `make demo`.
-        "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
+        "demo": ["scikit-image>=0.25", "scikit-learn>=1.7"],
         # To load what `seer-scale convert --to timm` writes.
         "timm": ["timm>=1.0.20"],
         # seer-scale evaluate: solvers, and COCO's average precision.
-        "evaluation": ["pycocotools>=2.0.8", "scikit-learn>=1.6", "scipy>=1.14"],
+        "evaluation": ["pycocotools>=2.0.8", "scikit-learn>=1.7", "scipy>=1.14"],
         # seer-scale convert --to onnx; timm and transformers only read what it writes.
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "dev": [
@@ -124,7 +124,7 @@ setup(
             "mypy>=2",
             "nbclient>=0.10",
             "nbformat>=5.10",
-            "pip-audit>=2.9",
+            "pip-audit>=2.10",
             "pre-commit>=4.2",
             "pre-commit-hooks>=6",
             "pytest>=9",

@@ -9,9 +9,9 @@ nothing. Two ways, each for what it can:
 - `gpu`: tensors without memory on a GPU that does not exist. Counts are those of a step on CUDA;
   no seconds, since such a tensor costs the host more than a real one. Not for DeepSpeed, whose
   buffers need memory.
-- `cpu`: real tensors, two images of 32 pixels. CPU seconds of the process for one step, the median
-  of three; small kernels are in them, the same for every number of ranks. Not for the models that
-  no CPU holds.
+- `cpu`: real tensors, two images of 32 pixels. CPU seconds of the process for the forward pass, the
+  backward pass and the update, each the smallest of three steps; small kernels are in them, the
+  same for every number of ranks. Not for the models that no CPU holds.
 
 Three steps come first: stage 3 of ZeRO records its order in two of them. A second table has what a
 save and a resume open, write and read (`ledger_files`).
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +79,7 @@ class Cell:
         aten: calls into ATen of a step, views included.
         collectives: calls of a step by kind.
         sent: MiB of a step by kind: the whole tensor of a gather, of a scatter or of a reduction.
-        seconds: CPU seconds of a step; None for the way gpu.
+        seconds: CPU seconds of forward pass, backward pass and update; none for the way gpu.
         problem: why there are no figures.
     """
 
@@ -91,7 +90,7 @@ class Cell:
     aten: int = 0
     collectives: dict[str, int] = field(default_factory=dict)
     sent: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
+    seconds: tuple[float, ...] = ()
     problem: str = ""
 
 
@@ -137,21 +136,29 @@ def _measured(cell: Cell, config: RunConfig, device: torch.device) -> Cell:
     apply_schedule(engine.param_groups, lr=0.0)
     objective = build.objective_of(config)
 
-    def step() -> None:
+    def step() -> tuple[float, ...]:
         crops = [
             torch.ones(count, 3, size, size, device=device)
             for count, size in engines.images_of(config)
         ]
+        spent = [0.0] * 3
         for _ in range(config.train.gradient_accumulation):
+            began = time.process_time()
             loss, _ = objective(*engine(crops, None))
+            forward = time.process_time()
             engine.backward(loss)
+            backward = time.process_time()
             engine.step()
+            now = time.process_time()
+            each = zip(spent, (forward - began, backward - forward, now - backward), strict=True)
+            spent = [before + more for before, more in each]
+        return tuple(spent)
 
     for _ in range(engines.WARM):
         step()  # makes the momentum and the buckets
     with Calls() as calls:
         step()
-    seconds = [_cpu_seconds(step) for _ in range(STEPS)] if cell.way == "cpu" else []
+    spent = [step() for _ in range(STEPS)] if cell.way == "cpu" else []
     return Cell(
         cell.model,
         cell.strategy,
@@ -160,14 +167,8 @@ def _measured(cell: Cell, config: RunConfig, device: torch.device) -> Cell:
         calls.aten,
         dict(calls.collectives),
         {kind: round(size / 2**20, 1) for kind, size in calls.bytes.items()},
-        statistics.median(seconds) if seconds else None,
+        tuple(min(part) for part in zip(*spent, strict=True)),
     )
-
-
-def _cpu_seconds(function: Callable[[], None]) -> float:
-    began = time.process_time()
-    function()
-    return time.process_time() - began
 
 
 def _ones(_: object) -> Callable[[str, int, int], Tensor]:
@@ -210,7 +211,7 @@ def table(found: Sequence[Cell]) -> str:
         kinds = [
             f"{number} {kind} ({cell.sent[kind]:,.1f})" for kind, number in cell.collectives.items()
         ]
-        seconds = "" if cell.seconds is None else f"{cell.seconds:.2f}"
+        seconds = " + ".join(f"{part:.2f}" for part in cell.seconds)
         text = cell.problem or ", ".join(kinds) or "none"
         rows.append(
             [
@@ -223,7 +224,8 @@ def table(found: Sequence[Cell]) -> str:
                 text,
             ]
         )
-    head = ["model", "strategy", "ranks", "way", "ATen calls", "CPU s", "collectives (MiB)"]
+    head = ["model", "strategy", "ranks", "way", "ATen calls", "CPU s: forward + backward + update"]
+    head.append("collectives (MiB)")
     return record.markdown(head, rows)
 
 

@@ -79,10 +79,12 @@ def test_cells_that_are_not_possible_are_left_out() -> None:
 
 
 def test_the_table_says_what_failed() -> None:
-    good = Cell("m", "fsdp", 2, "cpu", 1234, {"allgather": 3}, {"allgather": 5.0}, 0.25)
+    good = Cell(
+        "m", "fsdp", 2, "cpu", 1234, {"allgather": 3}, {"allgather": 5.0}, (0.1, 0.25, 0.05)
+    )
     bad = Cell("m", "zero3", 2, "cpu", problem="RuntimeError: no")
     lines = table([good, bad]).splitlines()
-    assert lines[2] == "| `m` | fsdp | 2 | cpu | 1,234 | 0.25 | 3 allgather (5.0) |"
+    assert lines[2] == "| `m` | fsdp | 2 | cpu | 1,234 | 0.10 + 0.25 + 0.05 | 3 allgather (5.0) |"
     assert lines[3].endswith("| RuntimeError: no |")
 
 

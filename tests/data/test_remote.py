@@ -299,7 +299,7 @@ def test_a_child_process_reads_too(
     queue = context.Queue()
     child = context.Process(target=read_in_child, args=(source, queue), daemon=True)
     child.start()
-    assert queue.get(timeout=30) == originals[95]
+    assert queue.get(timeout=240) == originals[95]
     child.join()
 
 
