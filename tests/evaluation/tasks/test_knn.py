@@ -133,8 +133,8 @@ def test_every_setting_of_a_sweep_is_its_own(few_shapes: Path, tmp_path: Path) -
     said: list[str] = []
     own, data = context(few_shapes, tmp_path), open_labelled(str(few_shapes))
     own = replace(own, say=said.append)
-    settings = [(k, temperature) for temperature in (0.005, 1.0) for k in (1, 96)]
-    result = knn.run(own, knn.Options(k=[1, 96], temperature=[0.005, 1.0], size=32))
+    settings = [(k, temperature) for temperature in (0.005, 1.0) for k in (1, 10, 96)]
+    result = knn.run(own, knn.Options(k=[1, 10, 96], temperature=[0.005, 1.0], size=32))
     bank, queries = (
         stored_features(own, part, size=32)["avgpool"].all().double()
         for part in (data.train, data.val)
@@ -150,7 +150,7 @@ def test_every_setting_of_a_sweep_is_its_own(few_shapes: Path, tmp_path: Path) -
     assert len(set(expected)) >= 3  # settings that change nothing would tell nothing
     assert result.metrics["top1"] == max(row["top1"] for row in sweep)
     # The choice is an advantage, and is told; a single setting chooses nothing.
-    assert "the best of 4 settings on the validation images themselves" in said[-1]
+    assert "the best of 6 settings on the validation images themselves" in said[-1]
     said.clear()
     knn.run(own, knn.Options(k=[1], temperature=[1.0], size=32))
     assert not any("settings" in line for line in said)
