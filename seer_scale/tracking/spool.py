@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SETTINGS = "settings.json"
 SENT = "sent.json"
 FAILING = "failing.json"  # there while the server does not answer
 RETRY_S = 2.0
+_TAIL = 4096  # bytes that are read at a time from the end
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def end_of(folder: Path) -> str | None:
     """Status with which the run of a spool ended; None while it goes on, or if it was killed."""
     try:
         with (folder / SPOOL).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             last = json.loads(file.read().rstrip(b"\n").rsplit(b"\n", 1)[-1])
         return str(last["status"]) if last["kind"] == "finish" else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -121,7 +123,7 @@ class Tracker:
         mark_as_written(self._file)
         self._warned = False
         # A process killed in mid-write leaves half a line, which no sender has read.
-        self._file.truncate(_whole_lines(self.folder / SPOOL))
+        self._file.truncate(_end_of_lines(self._file))
 
     @property
     def run_id(self) -> str | None:
@@ -287,6 +289,14 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _whole_lines(path: Path) -> int:
-    """Counts the bytes of a file up to the end of its last whole line."""
-    return path.read_bytes().rfind(b"\n") + 1
+def _end_of_lines(file: RawIOBase) -> int:
+    """Finds the position behind the last whole line, from the end: a spool may be large."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - _TAIL)
+        file.seek(begin)
+        newline = (file.read(end - begin) or b"").rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0

@@ -67,12 +67,15 @@ def test_values_that_are_not_finite_survive(tmp_path: Path) -> None:
     assert (values["b"], values["c"]) == (float("inf"), float("-inf"))
 
 
-def test_a_line_being_written_waits_and_a_killed_one_costs_only_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [0, 10_000])  # shorter and longer than what is read at a time
+def test_a_line_being_written_waits_and_a_killed_one_costs_only_itself(
+    tmp_path: Path, more: int
+) -> None:
     tracker = Tracker(tmp_path)
     tracker.log_metrics({"loss": 1.0}, 0)
     spool = tracker.folder / SPOOL
     with spool.open("ab") as file:
-        file.write(b'{"kind": "metrics", "ste')
+        file.write(b'{"kind": "metrics", "ste' + b"p" * more)
     assert len(events(tracker)) == 1
     resumed = Tracker(tmp_path)
     resumed.log_metrics({"loss": 2.0}, 1)
