@@ -92,7 +92,7 @@ def as_json(plan: Plan, per_hour: float | None) -> dict[str, Any]:
     if per_hour is not None:
         content |= {
             "price_per_gpu_hour": per_hour,
-            "price": per_hour * float(content["gpu_hours"]),
+            "price": per_hour * plan.gpu_hours,
         }
     return content
 

@@ -82,9 +82,13 @@ def in_words(train: TrainSection, ranks: int) -> str:
     """Says what a configuration's section `train` comes to on a number of ranks."""
     return (
         f"{train.images:,} images: {train.steps:,} steps of {train.global_batch:,} = "
-        f"{in_images(train.micro_batch_size)} x {in_ranks(ranks)} x "
-        f"{in_micro_batches(train.gradient_accumulation)}"
+        f"{in_factors(train.micro_batch_size, ranks, train.gradient_accumulation)}"
     )
+
+
+def in_factors(micro_batch: int, ranks: int, accumulation: int) -> str:
+    """Writes a global batch as its factors."""
+    return f"{in_images(micro_batch)} x {in_ranks(ranks)} x {in_micro_batches(accumulation)}"
 
 
 def in_images(count: int) -> str:
@@ -104,10 +108,7 @@ def batch_note(
     wanted, batch = train["global_batch"], batches.global_batch
     if wanted is None or wanted == batch:
         return None
-    made = (
-        f"{in_images(batches.micro_batch)} x {in_ranks(ranks)} x "
-        f"{in_micro_batches(batches.accumulation)}"
-    )
+    made = in_factors(batches.micro_batch, ranks, batches.accumulation)
     if _own(given):
         return (
             f"train.global_batch is {batch:,} ({made}), where the recipe has {wanted:,}: add "

@@ -108,6 +108,11 @@ class Plan:
         return self.images / self.images_per_second / 86_400
 
     @property
+    def gpu_hours(self) -> float:
+        """Hours of all ranks together."""
+        return self.days * 24 * self.world
+
+    @property
     def command(self) -> str:
         """Shell command that starts the run."""
         return f"{_launcher(self)} launch/pretrain.py {shlex.join(self.arguments)}"
@@ -154,7 +159,7 @@ class Plan:
             "mfu": self.mfu,
             "images": self.images,
             "days": self.days,
-            "gpu_hours": self.days * 24 * self.world,
+            "gpu_hours": self.gpu_hours,
             "command": self.command,
             "gradient_accumulation": self.batch.gradient_accumulation,
             "steps": self.steps,

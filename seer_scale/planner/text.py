@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from seer_scale.config.batches import in_images, in_micro_batches, in_ranks
+from seer_scale.config.batches import in_factors, in_images, in_micro_batches, in_ranks
 from seer_scale.planner.memory import GIB
 from seer_scale.planner.planned import Plan
 from seer_scale.planner.search import Found
@@ -28,8 +28,7 @@ def describe(plan: Plan, price: float | None = None) -> str:
         f"{plan.recipe}: {plan.model.trunk} on {layout.nodes} x {layout.gpus_per_node} ranks, each "
         f"{plan.hardware.name}: {verdict(plan)}",
         f"{plan.images:,} images: {plan.steps:,} steps of {plan.global_batch:,} = "
-        f"{in_images(batch.micro_batch_size)} x {in_ranks(plan.world)} x "
-        f"{in_micro_batches(batch.gradient_accumulation)}",
+        f"{in_factors(batch.micro_batch_size, plan.world, batch.gradient_accumulation)}",
         f"{plan.strategy}, checkpointing {plan.activation_checkpointing}, SyncBatchNorm groups of "
         f"{in_ranks(group)}, {batch.precision}",
         *[f"note: {note}" for note in plan.notes],
@@ -82,7 +81,7 @@ def cost(plan: Plan, price: float | None) -> str:
         plan: the plan.
         price: price of a GPU for an hour; None leaves the price out.
     """
-    hours = plan.days * 24 * plan.world
+    hours = plan.gpu_hours
     on_cpu = plan.hardware.generation == "CPU"
     unit = "core" if on_cpu else "GPU"
     paid = "" if price is None else f", {money(hours * price)} at ${price:,.2f} an hour"
@@ -146,7 +145,7 @@ def table(found: Found, price: float | None = None) -> str:
     lines = [f"{len(found.fitting)} of {found.tried} configurations fit", "", head]
     for plan in found.fitting[:SHOWN]:
         batch, layout = plan.batch, plan.layout
-        paid = "" if price is None else money(plan.days * 24 * plan.world * price)
+        paid = "" if price is None else money(plan.gpu_hours * price)
         lines.append(
             f"{plan.strategy:<9}{plan.activation_checkpointing:<11}"
             f"{batch.micro_batch_size:>7}{batch.gradient_accumulation:>7}"

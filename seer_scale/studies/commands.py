@@ -11,6 +11,7 @@ from pathlib import Path
 
 import xxhash
 
+from seer_scale.config.batches import in_ranks
 from seer_scale.config.shipped import RECIPES, find
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.planner.plan import plan
@@ -68,7 +69,7 @@ def forecast(study: Study, root: Path, points: Sequence[Point]) -> str:
                 "finished" if is_finished(study, root, point) else "to do",
             ]
         )
-    ranks = f"{study.processes} rank{'s' * (study.processes > 1)} of {study.hardware}"
+    ranks = f"{in_ranks(study.processes)} of {study.hardware}"
     # The planner's speed of a CPU is an upper limit.
     counts = "counts at least" if study.hardware == "cpu" else "counts"
     return (
