@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import record
@@ -53,23 +53,23 @@ def measure_files(
         model: name for the table.
         strategy: a key of `SAVED`.
         ranks: number of ranks that saved and resume.
-        config: of the run.
-        warm: of a small engine, which is built before anything is counted.
+        config: configuration of the run.
+        warm: configuration of a small engine, which is built before anything is counted.
     """
     cell = FileCell(model, strategy, ranks)
     whole = build.model_of(config, reads.META)
     state = 8 * sum(parameter.numel() for parameter in whole.parameters())
     share = state if strategy == "ddp" else state // ranks
     if share > MOST_BYTES:
-        return _with(cell, problem=f"a rank keeps {share / 2**30:.0f} GiB: not measured")
+        return replace(cell, problem=f"a rank keeps {share / 2**30:.0f} GiB: not measured")
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "step_00000007"
         try:
             reads.write_sparse(folder, whole, SAVED[strategy], ranks)
             read, wrote = reads.reads_and_writes(folder, config, ranks, 1, warm)
         except Exception as error:
-            return _with(cell, problem=f"{type(error).__name__}: {error}"[:300])
-    return _with(
+            return replace(cell, problem=f"{type(error).__name__}: {error}"[:300])
+    return replace(
         cell,
         kept=_mib(read.kept),
         save=(wrote.opens.total(), _mib(wrote.bytes)),
@@ -91,10 +91,6 @@ def table(found: Sequence[FileCell]) -> str:
         row += [cell.resume[0], f"{cell.resume[1]:,.1f}", f"{cell.resume[1] / cell.kept:.2f}"]
         rows.append(row)
     return record.markdown(head, rows)
-
-
-def _with(cell: FileCell, **changed: object) -> FileCell:
-    return FileCell(**{**asdict(cell), **changed})
 
 
 def _mib(count: int) -> float:

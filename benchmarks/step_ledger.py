@@ -14,9 +14,8 @@ nothing. Two ways, each for what it can:
   same for every number of ranks. Not for the models that no CPU holds.
 
 Three steps of real tensors come first: stage 3 of ZeRO records its order in two of them. The large
-models are counted at the largest number of ranks only, on which no count of theirs depends; a cell
-of them takes minutes. A second table has what a
-save and a resume open, write and read (`ledger_files`).
+models are counted at the largest number of ranks only: a cell of them takes minutes. A second table
+has what a save and a resume open, write and read (`ledger_files`).
 
 The reducer of torch's DDP has no fake group: its all-reduces, one a bucket, are left out, and so
 are its seconds. `--write` puts the results into benchmarks/results/ and docs/performance.md.
@@ -27,11 +26,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone works without installing the package
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from benchmarks import ledger_files, record  # noqa: E402
 from benchmarks.ledger_files import SAVED, FileCell, measure_files  # noqa: E402
@@ -50,11 +47,11 @@ from harness import engines  # noqa: E402
 from harness.calls import Calls  # noqa: E402
 from harness.fake_gpu import GPU, fake_gpu  # noqa: E402
 from harness.fake_ranks import fake_ranks  # noqa: E402
+from harness.host_time import timed_micro_batch  # noqa: E402
 from seer_scale.config import RunConfig  # noqa: E402
 from seer_scale.config.ds_config import ds_config_of  # noqa: E402
 from seer_scale.config.recipe import parse  # noqa: E402
 from seer_scale.optim.slice_sgd import apply_schedule  # noqa: E402
-from seer_scale.train import build  # noqa: E402
 from seer_scale.train.build_engine import engine_of  # noqa: E402
 
 COMMAND = "python benchmarks/step_ledger.py --write"
@@ -98,9 +95,7 @@ class Cell:
 
 def configuration(model: str, strategy: str, ranks: int, way: Way) -> RunConfig:
     """Configures a cell: a recipe as it is, or a trunk under SwAV's recipe with small crops."""
-    arguments = [a for a in engines.STRATEGIES[strategy] if "shard_size" not in a]
-    if strategy == "hsdp":
-        arguments.append(f"sharding.shard_size={min(NODE, ranks)}")
+    arguments = engines.arguments_of(strategy, min(NODE, ranks))
     if model not in MODELS[1:]:
         small = engines.TINY if way == "cpu" else ()
         return engines.configuration(*arguments, *small, f"model.trunk={model}")
@@ -119,7 +114,7 @@ def measure(model: str, strategy: str, ranks: int, way: Way) -> Cell:
         with fake_ranks(ranks, 0), _device(way) as device:
             return _measured(cell, config, device)
     except Exception as error:
-        return Cell(**{**asdict(cell), "problem": f"{type(error).__name__}: {error}"[:300]})
+        return replace(cell, problem=f"{type(error).__name__}: {error}"[:300])
 
 
 @contextmanager
@@ -134,47 +129,28 @@ def _device(way: Way) -> Iterator[torch.device]:
 
 
 def _measured(cell: Cell, config: RunConfig, device: torch.device) -> Cell:
-    engine: Any = engine_of(config, _ones, ds_config_of(config, cell.ranks), device)
+    engine = engine_of(config, engines.ones, ds_config_of(config, cell.ranks), device)
     apply_schedule(engine.param_groups, lr=0.0)
-    objective = build.objective_of(config)
 
     def step() -> tuple[float, ...]:
-        crops = [
-            torch.ones(count, 3, size, size, device=device)
-            for count, size in engines.images_of(config)
+        parts = [
+            timed_micro_batch(engine, config, device)
+            for _ in range(config.train.gradient_accumulation)
         ]
-        spent = [0.0] * 3
-        for _ in range(config.train.gradient_accumulation):
-            began = time.process_time()
-            loss, _ = objective(*engine(crops, None))
-            forward = time.process_time()
-            engine.backward(loss)
-            backward = time.process_time()
-            engine.step()
-            now = time.process_time()
-            each = zip(spent, (forward - began, backward - forward, now - backward), strict=True)
-            spent = [before + more for before, more in each]
-        return tuple(spent)
+        return tuple(map(sum, zip(*parts, strict=True)))
 
     for _ in range(engines.WARM if cell.way == "cpu" else 1):
         step()  # makes the momentum and the buckets
     with Calls() as calls:
         step()
     spent = [step() for _ in range(STEPS)] if cell.way == "cpu" else []
-    return Cell(
-        cell.model,
-        cell.strategy,
-        cell.ranks,
-        cell.way,
-        calls.aten,
-        dict(calls.collectives),
-        {kind: round(size / 2**20, 1) for kind, size in calls.bytes.items()},
-        tuple(min(part) for part in zip(*spent, strict=True)),
+    return replace(
+        cell,
+        aten=calls.aten,
+        collectives=dict(calls.collectives),
+        sent={kind: round(size / 2**20, 1) for kind, size in calls.bytes.items()},
+        seconds=tuple(min(part) for part in zip(*spent, strict=True)),
     )
-
-
-def _ones(_: object) -> Callable[[str, int, int], Tensor]:
-    return lambda name, start, stop: torch.ones(stop - start)
 
 
 def cells(

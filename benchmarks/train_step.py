@@ -26,7 +26,6 @@ from harness.engines import build_engine, configuration
 from seer_scale.config import RunConfig
 from seer_scale.distributed.ports import free_port
 from seer_scale.models import build_model, initialise
-from seer_scale.objectives import build_objective
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.performance.host_memory import keep_freed_memory
@@ -56,9 +55,7 @@ def our_step(config: RunConfig, device: torch.device | None = None) -> peers.Ste
     """Builds the trainer's step, from float crops in torch's usual memory format."""
     engine, _ = build_engine(config, device=device)
     apply_schedule(engine.param_groups, lr=peers.LR)
-    objective = build_objective(
-        config.objective.name, crops=sum(config.data.crop_counts), options=config.objective.options
-    )
+    objective = build.objective_of(config)
     where = next(engine.model.parameters()).device
     memory_format = build.memory_format_of(config.train.memory_format, where)
 

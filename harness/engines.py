@@ -18,12 +18,12 @@ from seer_scale.config import RunConfig
 from seer_scale.config.ds_config import ds_config_of
 from seer_scale.config.recipe import parse
 from seer_scale.models import seeded_values
-from seer_scale.objectives import build_objective
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.optim.slices import local
 from seer_scale.parallel.activation_budget import RecomputePlan
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.torch_engine import TorchEngine
+from seer_scale.train import build
 from seer_scale.train.build_engine import engine_of
 
 RECIPE = "swav_in1k_regnety_16gf"
@@ -40,6 +40,12 @@ CPU = torch.device("cpu")
 WARM = 3  # steps before the first that counts: ZeRO's stage 3 records its order in two of them
 
 
+def arguments_of(strategy: str, shard_size: int) -> list[str]:
+    """Arguments of a strategy; under hsdp so many ranks share a copy."""
+    kept = [a for a in STRATEGIES[strategy] if "shard_size" not in a]
+    return [*kept, f"sharding.shard_size={shard_size}"] if strategy == "hsdp" else kept
+
+
 def configuration(*more: str) -> RunConfig:
     """The recipe's model in float32."""
     argv = [
@@ -48,6 +54,11 @@ def configuration(*more: str) -> RunConfig:
         *more,
     ]
     return parse(argv, recipes=ROOT / "launch" / "recipes", ranks=distributed.world_size()).config
+
+
+def ones(_: object) -> Callable[[str, int, int], Tensor]:
+    """Returns a source of values, for a model whose values do not matter."""
+    return lambda name, start, stop: torch.ones(stop - start)
 
 
 def build_engine(
@@ -73,16 +84,13 @@ def forward_and_backward(
     engine: Engine,
     config: RunConfig,
     memory_format: torch.memory_format = torch.contiguous_format,
+    device: torch.device = CPU,
     before_backward: Callable[[], object] = lambda: None,
 ) -> None:
     """With the run's objective, on noise; only the engine's own tensors outlive it."""
-    objective = build_objective(
-        config.objective.name,
-        crops=sum(config.data.crop_counts),
-        options=config.objective.options,
-    )
+    objective = build.objective_of(config)
     crops = [
-        torch.randn(count, 3, size, size).contiguous(memory_format=memory_format)
+        torch.randn(count, 3, size, size, device=device).contiguous(memory_format=memory_format)
         for count, size in images_of(config)
     ]
     embeddings, scores = engine(crops, None)

@@ -22,9 +22,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 def configuration(strategy: str, shard_size: int, trunk: str) -> Any:
     """The recipe of `harness/engines.py` with another trunk."""
-    arguments = [a for a in engines.STRATEGIES[strategy] if "shard_size" not in a]
-    if strategy == "hsdp":
-        arguments.append(f"sharding.shard_size={shard_size}")
+    arguments = engines.arguments_of(strategy, shard_size)
     return engines.configuration(*arguments, *engines.TINY, f"model.trunk={trunk}")
 
 
@@ -38,7 +36,7 @@ def engine_state(strategy: str, world: int, shard_size: int, trunk: str) -> list
     model = build.model_of(config, META)
     ds_config = ds_config_of(config, world)
     with fake_ranks(world, 0):
-        engine: Any = engine_of(config, lambda _: _ones, ds_config, CPU, model=lambda _: model)
+        engine: Any = engine_of(config, engines.ones, ds_config, CPU, model=lambda _: model)
         apply_schedule(engine.param_groups, lr=0.0)
         engines.forward_and_backward(engine, config)
         engine.step()
@@ -65,10 +63,6 @@ def fake_tensor_state(strategy: str, world: int, shard_size: int, trunk: str) ->
             own = list(model.parameters())
             state = [s["momentum_buffer"] for s in optimizer.state.values()]
             return [_bytes(tensors) for tensors in (own, [p.grad for p in own], state)]
-
-
-def _ones(name: str, start: int, stop: int) -> torch.Tensor:
-    return torch.ones(stop - start)
 
 
 def _bytes(tensors: Any) -> int:

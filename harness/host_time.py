@@ -20,7 +20,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from torch import Tensor
 
 from harness import engines
 from harness.calls import Calls
@@ -73,24 +72,26 @@ def _host_cost(strategy: str, ranks: int, trunk: str, steps: int) -> HostCost:
     )
     cost = HostCost()
     with fake_ranks(ranks, 0):
-        engine = engine_of(config, lambda _: _ones, ds_config_of(config, ranks), engines.CPU)
+        engine = engine_of(config, engines.ones, ds_config_of(config, ranks), engines.CPU)
         apply_schedule(engine.param_groups, lr=0.0)
         for _ in range(engines.WARM):
-            _step(engine, config)
-        timed = [_step(engine, config) for _ in range(steps)]
+            timed_micro_batch(engine, config)
+        timed = [timed_micro_batch(engine, config) for _ in range(steps)]
         cost.forward, cost.backward, cost.step = (min(part) for part in zip(*timed, strict=True))
         with Calls() as calls:
-            _step(engine, config)
+            timed_micro_batch(engine, config)
         cost.aten, cost.collectives, cost.bytes = calls.aten, calls.collectives, calls.bytes
-        cost.python = _python_calls(lambda: _step(engine, config))
+        cost.python = _python_calls(lambda: timed_micro_batch(engine, config))
     return cost
 
 
-def _step(engine: Any, config: Any) -> tuple[float, float, float]:
-    """Runs a step; CPU seconds of forward pass, backward pass and the optimizer's step."""
+def timed_micro_batch(
+    engine: Any, config: Any, device: torch.device = engines.CPU
+) -> tuple[float, float, float]:
+    """Runs a micro-batch; CPU seconds of forward pass, backward pass and the engine's step."""
     stamps = [time.process_time()]
     engines.forward_and_backward(
-        engine, config, before_backward=lambda: stamps.append(time.process_time())
+        engine, config, device=device, before_backward=lambda: stamps.append(time.process_time())
     )
     stamps.append(time.process_time())
     engine.step()
@@ -111,10 +112,6 @@ def _python_calls(run: Any) -> int:
     finally:
         sys.setprofile(None)
     return count
-
-
-def _ones(name: str, start: int, stop: int) -> Tensor:
-    return torch.ones(stop - start)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from harness import engines
 from harness.fake_ranks import fake_ranks
 from seer_scale.checkpoint import CheckpointReader
 from seer_scale.checkpoint.manifest import rank_file, write_manifest
@@ -162,10 +163,6 @@ def write_sparse(folder: Path, model: nn.Module, strategy: str, ranks: int) -> N
     write_manifest(folder, {"step": 7, "world_size": ranks, "trunk": "any", "state": state}, files)
 
 
-def _ones(name: str, start: int, stop: int) -> Tensor:
-    return torch.ones(stop - start)
-
-
 class _NoState:
     """An objective without a state of its own."""
 
@@ -208,7 +205,7 @@ def _resumed(folder: Path, config: Any, ranks: int, rank: int, warm: Any) -> tup
     model = build.model_of(config, META)
     ds_config = ds_config_of(config, ranks)
     with opened(folder) as opens:
-        engine_of(warm, lambda _: _ones, ds_config_of(warm, ranks), CPU)
+        engine_of(warm, engines.ones, ds_config_of(warm, ranks), CPU)
         before = read_so_far()
         # As `first_whole` does, which would wait for what rank 0 sends.
         reader = CheckpointReader(folder, part=rank, parts=ranks)
