@@ -81,6 +81,8 @@ def _handler(owner: LostReplies) -> type[BaseHTTPRequestHandler]:
                 if name.lower() not in _OF_THE_CONNECTION:
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
+            # Else a client may send its next request before it notices, and loses two replies.
+            self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(content)
 
