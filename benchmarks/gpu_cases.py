@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from harness import parity
 from seer_scale import distributed
 from seer_scale.objectives.swav import SwAV
 from seer_scale.optim.slice_sgd import apply_schedule
+from seer_scale.parallel import batchnorm_gpu
 from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
 
 MINUTES = 77.0  # the groups' timeout, which is no default of torch or DeepSpeed
@@ -63,6 +65,7 @@ def _extras() -> Iterator[tuple[Any, ...]]:
     for layout in LAYOUTS:
         for size, words in ((0, "all ranks"), (2, "groups of 2"), (1, "one rank")):
             yield f"syncbn {layout}, {words}", partial(batchnorm, layout, size)
+        yield f"syncbn {layout}, all ranks, summed", partial(summed_batchnorm, layout)
     yield "pinned images", pinned_images
     yield "momentum on the host", momentum_on_host, "ddp"
     for strategy in SKIPPING:
@@ -97,6 +100,12 @@ def batchnorm(layout: str, group_size: int, device: torch.device) -> str | None:
     worst = {name: float((found[name].cpu() - value).abs().max()) for name, value in wanted.items()}
     wrong = [f"{name} differs by {d:.1e}" for name, d in worst.items() if not d <= TOLERANCE]
     return "; ".join(wrong) or None
+
+
+def summed_batchnorm(layout: str, device: torch.device) -> str | None:
+    """Compares such a layer of a group that is too large to gather its statistics."""
+    with patch.object(batchnorm_gpu, "MOST_GATHERED", 1):
+        return batchnorm(layout, 0, device)
 
 
 def _layer(dtype: torch.dtype, dims: int) -> nn.Sequential:

@@ -34,6 +34,14 @@ SHAPES: dict[Any, Callable[..., Any]] = {
         torch.empty_like(mean),
         torch.empty_like(variance),
     ),
+    aten.batch_norm_stats.default: lambda x, _: (_wide(x), _wide(x)),
+    aten.batch_norm_gather_stats_with_counts.default: lambda x, *_: (_wide(x), _wide(x)),
+    aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
+    aten.batch_norm_backward_reduce.default: lambda _, x, mean, inverse_std, weight, *__: (
+        *(_wide(x), _wide(x)),
+        *(torch.empty_like(weight), torch.empty_like(weight)),
+    ),
+    aten.batch_norm_backward_elemt.default: lambda _, x, *__: torch.empty_like(x),
     aten._fused_sgd_.default: lambda *_, **__: None,
 }
 # Made once, of numbers on the host, which are there; the model on meta, because a module cannot
@@ -47,6 +55,13 @@ ON_HOST = (
     # FSDP's views of a tensor, one for each rank.
     "torch.distributed.fsdp._fully_shard._fsdp_param._chunk_with_empty",
 )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A number per channel, in the type that GPUs compute statistics in."""
+    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 Reads = Mapping[tuple[str, str], float]  # (file, function) -> what the host reads there
 _kept: list[Any] = []  # what C++ points to
 

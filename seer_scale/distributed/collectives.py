@@ -24,6 +24,9 @@ from seer_scale.distributed.gpus import backend_of
 from seer_scale.distributed.work_clock import CLOCK
 from seer_scale.errors import ConfigError
 
+# Its name before torch 2.14, where this one is deprecated.
+_GATHER: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 def init(timeout_minutes: float = 30.0, threads: int | None = None) -> torch.device:
     """Joins the process group that deepspeed or torchrun describe in the environment.
@@ -190,9 +193,9 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     """Concatenates the `tensor` [n, ...] of every rank, of equal shapes, to [ranks * n, ...]."""
     if world_size(group) == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
-    _off_the_clock(dist.all_gather, parts, tensor.contiguous(), group)
-    return torch.cat(parts)
+    gathered = tensor.new_empty((world_size(group) * tensor.shape[0], *tensor.shape[1:]))
+    _off_the_clock(_GATHER, gathered, tensor.contiguous(), group)
+    return gathered
 
 
 def _off_the_clock(collective: Callable[..., Any], *args: Any) -> None:

@@ -7,10 +7,10 @@ LeVeque 1979), weighted by the rank's number of elements, so that uneven batches
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import local
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from seer_scale import distributed
 # float64.
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
+_Statistics = TypeVar("_Statistics", bound=tuple[Tensor, ...])
 _recompute = local()
 
 
@@ -29,10 +30,10 @@ class _Tape:
     """Statistics that the layers of one checkpointed region computed, in the order of the calls."""
 
     def __init__(self) -> None:
-        self.statistics: list[Statistics] = []
+        self.statistics: list[tuple[Tensor, ...]] = []
         self.position: int | None = None  # None while recording
 
-    def next(self) -> Statistics:
+    def next(self) -> tuple[Tensor, ...]:
         assert self.position is not None
         self.position += 1
         return self.statistics[self.position - 1]
@@ -64,6 +65,17 @@ def is_recomputing() -> bool:
     """Whether this thread is inside the recomputation of a checkpointed region."""
     tape = getattr(_recompute, "tape", None)
     return tape is not None and tape.position is not None
+
+
+def recorded(compute: Callable[[], _Statistics]) -> _Statistics:
+    """Returns what `compute` returns; in a recomputation, what it returned the first time."""
+    tape = getattr(_recompute, "tape", None)
+    if tape is not None and tape.position is not None:
+        return cast(_Statistics, tape.next())
+    statistics = compute()
+    if tape is not None:
+        tape.statistics.append(statistics)
+    return statistics
 
 
 def group_statistics(
@@ -109,21 +121,18 @@ def _statistics(
     eps: float,
     group: dist.ProcessGroup,
 ) -> Statistics:
-    tape = getattr(_recompute, "tape", None)
-    if tape is not None and tape.position is not None:
-        return cast(Statistics, tape.next())
-    sums, count, parts = _sums(x, running_mean, running_var, group)
-    moments = sums / count
-    mean, squares, _, _ = moments.split_with_sizes(parts)
-    squares.addcmul_(mean, mean, value=-1)  # now the variance
-    mean, variance, _, share = moments.to(running_mean.dtype).split_with_sizes(parts)
-    variance.clamp_min_(0)
-    torch._foreach_lerp_([running_mean, running_var], [mean, variance / share], momentum)
-    batches.add_(1)
-    statistics = mean, variance, (variance + eps).rsqrt_(), count
-    if tape is not None:
-        tape.statistics.append(statistics)
-    return statistics
+    def compute() -> Statistics:
+        sums, count, parts = _sums(x, running_mean, running_var, group)
+        moments = sums / count
+        mean, squares, _, _ = moments.split_with_sizes(parts)
+        squares.addcmul_(mean, mean, value=-1)  # now the variance
+        mean, variance, _, share = moments.to(running_mean.dtype).split_with_sizes(parts)
+        variance.clamp_min_(0)
+        torch._foreach_lerp_([running_mean, running_var], [mean, variance / share], momentum)
+        batches.add_(1)
+        return mean, variance, (variance + eps).rsqrt_(), count
+
+    return recorded(compute)
 
 
 def _sums(

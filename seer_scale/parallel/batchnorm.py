@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from seer_scale import distributed
+from seer_scale.parallel import batchnorm_gpu
 from seer_scale.parallel.batch_statistics import group_statistics, is_recomputing
 
 
@@ -132,10 +133,15 @@ class GroupedSyncBatchNorm(_BatchNorm):
         if self.group is None:
             return self._forward_local(input)
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        with torch.no_grad():
-            statistics = group_statistics(
-                input, *running, cast(float, self.momentum), self.eps, self.group
+        given = (input, *running, cast(float, self.momentum), self.eps, self.group)
+        if batchnorm_gpu.takes(input):
+            with torch.no_grad():
+                shared = batchnorm_gpu.group_statistics(*given)
+            return batchnorm_gpu.normalize(
+                input, self.weight, self.bias, shared, self.eps, self.group
             )
+        with torch.no_grad():
+            statistics = group_statistics(*given)
         y: Tensor = _Normalize.apply(
             input, self.weight, self.bias, *statistics, self.eps, self.group
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seer_scale.optim.groups import MOST_JOINED
+from seer_scale.parallel.batchnorm_gpu import MOST_GATHERED
 from seer_scale.performance.hardware import Hardware
 from seer_scale.performance.shape import FLOAT, Shape
 from seer_scale.planner.job import DOUBLE, Batch, Layout, Sinkhorn, Zero
@@ -218,17 +219,25 @@ def _split(
 
 
 def _batch_norm(shape: Shape, layout: Layout, batch: Batch) -> list[Message]:
-    """Mean, variance and count forward in float64, two sums backward in float32, per resolution."""
+    """Statistics forward, gathered in float32 or summed in float64, and two sums backward.
+
+    For each resolution; `parallel/batchnorm.py` has the reasons.
+    """
     ranks = group_of(layout.group_ranks(layout.sync_bn_group_size), layout.gpus_per_node)
+
+    def forward(channels: int) -> tuple[Op, float]:
+        if ranks.size <= MOST_GATHERED:
+            return "all_gather", ranks.size * FLOAT * (2 * channels + 1)
+        return "all_reduce", DOUBLE * (2 * channels + 2)
+
     in_trunk, in_head = shape.norms
     found: list[Message] = []
     for norms, passes in ((in_trunk, len(batch.crop_sizes)), (in_head, 1)):
         times = batch.gradient_accumulation * passes
         for channels in norms:
-            found += [
-                Message("sync_batch_norm", "all_reduce", size, times, ranks, "waiting")
-                for size in (DOUBLE * (2 * channels + 1), FLOAT * 2 * channels)
-            ]
+            sums: tuple[Op, float] = ("all_reduce", FLOAT * 2 * channels)
+            for op, size in (forward(channels), sums):
+                found.append(Message("sync_batch_norm", op, size, times, ranks, "waiting"))
     return found
 
 

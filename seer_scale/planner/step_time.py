@@ -20,9 +20,9 @@ from seer_scale.planner.communication import Message
 from seer_scale.planner.job import Batch
 
 # How often each element of a BatchNorm's input passes through memory. Forward: statistics 1,
-# normalisation 2, ReLU, SE's product or the residual sum 3. Backward: sums 2, gradient 3, the
-# group's correction 3, ReLU, SE or the residual sum 3.
-FORWARD_PASSES, BACKWARD_PASSES = 6, 11
+# normalisation 2, ReLU, SE's product or the residual sum 3. Backward: sums 2, gradient 3, ReLU, SE
+# or the residual sum 3.
+FORWARD_PASSES, BACKWARD_PASSES = 6, 8
 # The same for an optimizer step in float32: norms 2, update 3, decay 3, momentum 3, weights 3.
 OPTIMIZER_PASSES = 14
 HALF = 2  # bytes of a float16 or bfloat16

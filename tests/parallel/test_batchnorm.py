@@ -14,22 +14,38 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.gpu_kernels import with_gpu_kernels
 from harness.pool import Distributed
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
 from seer_scale.parallel.compile import apply_compile
 from seer_scale.parallel.convert_batchnorm import average_running_statistics, convert_sync_batchnorm
 
+# The largest group that gathers statistics with the kernels of GPUs; None: every device's kernels.
+KERNELS = {"every device": None, "GPU, gathered": 4, "GPU, summed": 1}
 ROWS = {1: [7], 2: [5, 2], 4: [3, 1, 4, 2]}  # uneven on purpose
+
+
+@pytest.fixture(params=list(KERNELS.values()), ids=list(KERNELS))
+def ranks_of(request: pytest.FixtureRequest, distributed: Distributed) -> Distributed:
+    """Runs a function on ranks, with either set of kernels."""
+    if request.param is None:
+        return distributed
+
+    def run(function: Any, world_size: int, *args: Any) -> Any:
+        return distributed(with_gpu_kernels, world_size, request.param, function, *args)
+
+    return run
 
 
 @contextmanager
 def collectives() -> Iterator[Counter[str]]:
-    """Counts this rank's all-reduces, by whichever way they are called, once the block ends."""
+    """Counts this rank's collectives, by whichever way they are called, once the block ends."""
     count: Counter[str] = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield count
-    count.update(e.name for e in profile.events() if e.name == "c10d::allreduce_")
+    names = ("c10d::allreduce_", "c10d::_allgather_base_")
+    count.update(e.name for e in profile.events() if e.name in names)
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,12 +92,12 @@ def sharded(group_size: int, rows: list[int], dtype: torch.dtype) -> dict[str, t
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_global_group_equals_one_big_batchnorm(
-    distributed: Distributed, world_size: int, dtype: torch.dtype, tolerance: float
+    ranks_of: Distributed, world_size: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     # float32: the inputs sit at 100 +- 3 with weights up to 2, and sums over 200 values of 1e2
     # carry 1e-5 relative, which is what the wide tolerance covers; float64 shows the formula.
     rows = ROWS[world_size]
-    ranks = distributed(sharded, world_size, 0, rows, dtype)
+    ranks = ranks_of(sharded, world_size, 0, rows, dtype)
     x, grad = batch(dtype)
     expected = run(layer(dtype), x[: sum(rows)], grad[: sum(rows)])
     for key in ("y", "x.grad"):
@@ -95,9 +111,9 @@ def test_global_group_equals_one_big_batchnorm(
             torch.testing.assert_close(rank[key], expected[key], rtol=1e-6, atol=0)
 
 
-def test_groups_of_two_share_inside_and_differ_across(distributed: Distributed) -> None:
+def test_groups_of_two_share_inside_and_differ_across(ranks_of: Distributed) -> None:
     rows = ROWS[4]
-    ranks = distributed(sharded, 4, 2, rows, torch.float64)
+    ranks = ranks_of(sharded, 4, 2, rows, torch.float64)
     x, grad = batch()
     for group, mine in enumerate([slice(0, 4), slice(4, 10)]):
         expected = run(layer(torch.float64), x[mine], grad[mine])
@@ -109,9 +125,9 @@ def test_groups_of_two_share_inside_and_differ_across(distributed: Distributed) 
     assert not torch.allclose(ranks[0]["0.running_mean"], ranks[2]["0.running_mean"])
 
 
-def test_last_group_may_be_smaller(distributed: Distributed) -> None:
+def test_last_group_may_be_smaller(ranks_of: Distributed) -> None:
     rows = ROWS[4]
-    ranks = distributed(sharded, 4, 3, rows, torch.float64)
+    ranks = ranks_of(sharded, 4, 3, rows, torch.float64)
     x, grad = batch()
     for members, mine in ((ranks[:3], slice(0, 8)), (ranks[3:], slice(8, 10))):
         expected = run(layer(torch.float64), x[mine], grad[mine])
@@ -163,15 +179,17 @@ def layouts() -> list[tuple[list[str], list[str]]]:
     return found
 
 
+def own(names: list[str]) -> list[str]:
+    """Calls that are neither views nor autograd's sums of gradients."""
+    others = ("split_with_sizes", "unbind", "view", "detach")  # detach: a first gradient
+    return [name for name in names if not any(other in name for other in others)]
+
+
 def test_backward_passes_saved_statistics_in_every_layout_and_few_calls(
     distributed: Distributed,
 ) -> None:
     # The host's time of a step at scale is these calls. They were 37 and 23, of which 29 and 18 are
-    # neither views nor autograd's sums of gradients.
-    def own(names: list[str]) -> list[str]:
-        others = ("split_with_sizes", "unbind", "view", "detach")  # detach: a first gradient
-        return [name for name in names if not any(other in name for other in others)]
-
+    # `own`.
     for rank in distributed(layouts, 2):
         for forward, backward in rank:
             assert "aten.native_batch_norm_backward.default" in backward
@@ -179,6 +197,16 @@ def test_backward_passes_saved_statistics_in_every_layout_and_few_calls(
             assert len(backward) <= 13, backward
             assert len(own(forward)) <= 16, forward
             assert len(own(backward)) <= 8, backward
+
+
+@pytest.mark.parametrize(("most_gathered", "forward_calls"), [(2, 9), (1, 18)])
+def test_calls_with_the_kernels_of_gpus(
+    distributed: Distributed, most_gathered: int, forward_calls: int
+) -> None:
+    for rank in distributed(with_gpu_kernels, 2, most_gathered, layouts):
+        for forward, backward in rank:
+            assert len(own(forward)) <= forward_calls, forward
+            assert len(own(backward)) <= 4, backward
 
 
 def groups_of_three_models(group_size: int) -> tuple[int, bool]:
@@ -237,9 +265,9 @@ def low_precision(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=str
 )
 def test_statistics_are_float32_under_low_precision(
-    distributed: Distributed, dtype: torch.dtype, tolerance: float
+    ranks_of: Distributed, dtype: torch.dtype, tolerance: float
 ) -> None:
-    ranks = distributed(low_precision, 2, dtype)
+    ranks = ranks_of(low_precision, 2, dtype)
     x, grad = batch(dtype)
     expected = run(layer(torch.float64), x.double(), grad.double())
     for rank in ranks:
@@ -268,9 +296,9 @@ def autocast(dtype: torch.dtype, group_size: int) -> tuple[torch.Tensor, dict[st
 @pytest.mark.parametrize("group_size", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_statistics_in_float32(
-    distributed: Distributed, dtype: torch.dtype, group_size: int
+    ranks_of: Distributed, dtype: torch.dtype, group_size: int
 ) -> None:
-    ranks = distributed(autocast, 2, dtype, group_size)
+    ranks = ranks_of(autocast, 2, dtype, group_size)
     seen = [convolved for convolved, _ in ranks]
     for rank, (convolved, tensors) in enumerate(ranks):
         assert convolved.dtype == dtype  # or nothing is shown
@@ -303,15 +331,13 @@ def momentum_and_eval(group_size: int, momentum: float) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7])
-def test_momentum_and_evaluation_are_those_of_torch(
-    distributed: Distributed, momentum: float
-) -> None:
+def test_momentum_and_evaluation_are_those_of_torch(ranks_of: Distributed, momentum: float) -> None:
     x, _ = batch()
     expected = nn.BatchNorm2d(3, eps=0.1, momentum=momentum, dtype=torch.float64)
     for step in range(3):
         expected(x * (step + 1))
     expected.eval()
-    ranks = distributed(momentum_and_eval, 2, 0, momentum)
+    ranks = ranks_of(momentum_and_eval, 2, 0, momentum)
     for rank in ranks:
         for name, buffer in expected.named_buffers():
             torch.testing.assert_close(rank[f"0.{name}"], buffer)
@@ -356,10 +382,10 @@ def two_resolutions(mode: str, group_size: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("group_size", [0, 1])
 @pytest.mark.parametrize("mode", ["full", "groups"])
 def test_recompute_updates_nothing_and_communicates_nothing(
-    distributed: Distributed, mode: str, group_size: int
+    ranks_of: Distributed, mode: str, group_size: int
 ) -> None:
-    plain = distributed(two_resolutions, 2, "none", group_size)[0]
-    recomputed = distributed(two_resolutions, 2, mode, group_size)[0]
+    plain = ranks_of(two_resolutions, 2, "none", group_size)[0]
+    recomputed = ranks_of(two_resolutions, 2, mode, group_size)[0]
     assert int(plain["0.norm.num_batches_tracked"]) == 6
     # 4 layers x 2 resolutions x 3 steps, one forward and one backward each
     assert int(plain["collectives"]) == (48 if group_size == 0 else 0)

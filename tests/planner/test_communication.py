@@ -141,9 +141,16 @@ def test_keeping_units_saves_a_gather_and_accumulation_multiplies_it() -> None:
 
 
 def test_batch_norm_and_sinkhorn() -> None:
-    found = sent("ddp", "sharding.sync_bn_group_size=8")
     channels = 32 + 3 * (2 * 746 + 7 * 1492 + 17 * 4103 + 10444) + 746 + 1492 + 4103 + 10444
     norms = 86  # 1 + 3 x 27 + 4
-    both = (8 * (2 * channels + norms) + 4 * 2 * channels) * 2  # two resolutions
-    assert found["sync_batch_norm"] == pytest.approx(both * 2 * 7 / 8)
+    backward = 4 * 2 * channels * 2  # two sums in float32, two resolutions
+    for group, forward in {
+        8: 8 * 4 * (2 * channels + norms) * 2 * 7 / 8,  # gathered: each rank's row in float32
+        16: 16 * 4 * (2 * channels + norms) * 2 * 15 / 16,
+        32: 8 * (2 * channels + 2 * norms) * 2 * 2 * 31 / 32,  # summed in float64
+    }.items():
+        found = sent("ddp", f"sharding.sync_bn_group_size={group}", nodes=16)
+        once = 2 * (group - 1) / group
+        assert found["sync_batch_norm"] == pytest.approx(forward + backward * once), group
+    found = sent("ddp")
     assert found["sinkhorn"] == pytest.approx(4 * 16_000 * 2 * 11 * 2 * 63 / 64)
