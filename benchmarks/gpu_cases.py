@@ -22,17 +22,23 @@ from seer_scale import distributed
 from seer_scale.objectives.swav import SwAV
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.parallel import batchnorm_gpu
+from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
 from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
 
 MINUTES = 77.0  # the groups' timeout, which is no default of torch or DeepSpeed
 ROWS, CHANNELS = 3, 5  # images of a rank in the cases of BatchNorm
-# Sums of float32 in another order; the oracle is float64.
-TOLERANCE = 1e-4
-LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
-    "contiguous": ((CHANNELS, 6, 4), torch.contiguous_format),
-    "channels_last": ((CHANNELS, 6, 4), torch.channels_last),
-    "1x1": ((CHANNELS, 1, 1), torch.channels_last),
-    "[N, C]": ((CHANNELS,), torch.contiguous_format),
+# Share of the largest value, or of 1. Sums of float32 in another order, and values of 8 bits; the
+# oracle is float64.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# Shape of an image; formats of input and gradient.
+LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format, torch.memory_format]] = {
+    "contiguous": ((CHANNELS, 6, 4), CONTIGUOUS, CONTIGUOUS),
+    "channels_last": ((CHANNELS, 6, 4), LAST, LAST),
+    "channels_last, contiguous gradient": ((CHANNELS, 6, 4), LAST, CONTIGUOUS),
+    "contiguous, channels_last gradient": ((CHANNELS, 6, 4), CONTIGUOUS, LAST),
+    "1x1": ((CHANNELS, 1, 1), LAST, LAST),
+    "[N, C]": ((CHANNELS,), CONTIGUOUS, CONTIGUOUS),
 }
 # Factor of the loss, and whether it is that of one rank alone.
 KINDS = {
@@ -65,7 +71,9 @@ def _extras() -> Iterator[tuple[Any, ...]]:
     for layout in LAYOUTS:
         for size, words in ((0, "all ranks"), (2, "groups of 2"), (1, "one rank")):
             yield f"syncbn {layout}, {words}", partial(batchnorm, layout, size)
-        yield f"syncbn {layout}, all ranks, summed", partial(summed_batchnorm, layout)
+        yield f"syncbn {layout}, all ranks, summed", partial(batchnorm, layout, 0, summed=True)
+        bf16 = partial(batchnorm, layout, 0, dtype=torch.bfloat16)
+        yield f"syncbn {layout}, all ranks, bf16", bf16
     yield "pinned images", pinned_images
     yield "momentum on the host", momentum_on_host, "ddp"
     for strategy in SKIPPING:
@@ -74,38 +82,57 @@ def _extras() -> Iterator[tuple[Any, ...]]:
         yield f"timeouts {strategy}", partial(timeouts, strategy), strategy
 
 
-def batchnorm(layout: str, group_size: int, device: torch.device) -> str | None:
-    """Compares a synchronised layer with torch's own in float64 over the batch of its group."""
-    shape, memory_format = LAYOUTS[layout]
+def batchnorm(
+    layout: str,
+    group_size: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    summed: bool = False,
+) -> str | None:
+    """Compares a synchronised layer with torch's own in float64 over the batch of its group.
+
+    One rank alone is a group too if `group_size` is 0.
+
+    Args:
+        layout: key of `LAYOUTS`.
+        group_size: see `sync_group`.
+        device: this rank's device.
+        dtype: type of input and gradient.
+        summed: sum statistics even in a group that is small enough to gather them.
+    """
+    shape, of_input, of_gradient = LAYOUTS[layout]
     world, rank = distributed.world_size(), distributed.rank()
     generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn((2, world * ROWS, *shape), generator=generator, dtype=torch.float64) + 3
+    images = torch.randn((2, world * ROWS, *shape), generator=generator) + 3
+    x, grad = images.to(dtype).double()
     size = group_size or world
     first = rank // size * size
     members = slice(first * ROWS, min(first + size, world) * ROWS)
     expected = _run(_layer(torch.float64, len(shape)), x[members], grad[members])
     synced = convert_sync_batchnorm(_layer(torch.float32, len(shape)), group_size).to(device)
+    if world == 1 and group_size == 0 and isinstance(synced[0], GroupedSyncBatchNorm):
+        synced[0].group = dist.group.WORLD
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
-    parts = [part[mine].float().to(device) for part in (x, grad)]
+    parts = [part[mine].to(device, dtype) for part in (x, grad)]
     if len(shape) == 3:
-        parts = [part.contiguous(memory_format=memory_format) for part in parts]
-    found = _run(synced, parts[0], parts[1])
+        formats = (of_input, of_gradient)
+        parts = [p.contiguous(memory_format=f) for p, f in zip(parts, formats, strict=True)]
+    most = 0 if summed else batchnorm_gpu.MOST_GATHERED
+    with patch.object(batchnorm_gpu, "MOST_GATHERED", most):
+        found = _run(synced, parts[0], parts[1])
+    for name in ("weight gradient", "bias gradient"):  # local: their sum is the group's
+        everyone = distributed.all_gather(found[name][None])
+        found[name] = everyone[first : first + size].sum(0)
     inside = slice((rank - first) * ROWS, (rank - first + 1) * ROWS)
-    wanted = {
-        "output": expected["output"][inside],
-        "gradient": expected["gradient"][inside],
-        "running mean": expected["running mean"],
-        "running variance": expected["running variance"],
-    }
+    wanted = {k: v[inside] if k in ("output", "gradient") else v for k, v in expected.items()}
     worst = {name: float((found[name].cpu() - value).abs().max()) for name, value in wanted.items()}
-    wrong = [f"{name} differs by {d:.1e}" for name, d in worst.items() if not d <= TOLERANCE]
+    wrong = [
+        f"{name} differs by {difference:.1e}"
+        for name, difference in worst.items()
+        if not difference <= TOLERANCE[dtype] * max(1.0, float(wanted[name].abs().max()))
+    ]
     return "; ".join(wrong) or None
-
-
-def summed_batchnorm(layout: str, device: torch.device) -> str | None:
-    """Compares such a layer of a group that is too large to gather its statistics."""
-    with patch.object(batchnorm_gpu, "MOST_GATHERED", 1):
-        return batchnorm(layout, 0, device)
 
 
 def _layer(dtype: torch.dtype, dims: int) -> nn.Sequential:
@@ -127,7 +154,14 @@ def _run(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
         "gradient": x.grad,
         "running mean": buffers["0.running_mean"],
         "running variance": buffers["0.running_var"],
+        **{f"{name[2:]} gradient": gradient_of(p) for name, p in model.named_parameters()},
     }
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient that a backward pass has left."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def skip(strategy: str, kind: str, device: torch.device) -> str | None:

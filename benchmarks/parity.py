@@ -30,6 +30,7 @@ from harness.parity import (
     worst_tensor,
 )
 from harness.pool import Pool
+from seer_scale.parallel.zero import missing_for_nvme
 
 COMMAND = "make parity"
 DOCUMENT = record.ROOT / "docs" / "sharding.md"
@@ -48,11 +49,14 @@ def main() -> int:
     plain = plain_loop()
     pools = {size: Pool(size) for size in WORLD_SIZES}
     rows: list[dict[str, Any]] = []
+    missing = {name: reason for name in arguments.only if (reason := missing_for(name))}
+    for name, reason in missing.items():
+        print(f"{name}: not run, since {reason}", flush=True)
     try:
         base: dict[int, Result] = {}
         for size in WORLD_SIZES:
             base[size] = pools[size].run(train, "ddp")[0]
-        for name in arguments.only:
+        for name in [name for name in arguments.only if name not in missing]:
             size = CASES[name].world_size
             for checkpointing in ("none", "full"):
                 result = pools[size].run(train, name, checkpointing, seconds=SECONDS)[0]
@@ -65,10 +69,16 @@ def main() -> int:
     finally:
         for pool in pools.values():
             pool.close()
-    print(record.save("parity", COMMAND, {"steps": STEPS, "rows": rows}))
+    print(record.save("parity", COMMAND, {"steps": STEPS, "rows": rows, "not run": missing}))
     if not arguments.no_docs:
-        write_tables(rows)
-    return int(max(max(row["loss"], row["parameters"], row["buffers"]) for row in rows) > 1e-4)
+        write_tables(rows, missing)
+    worst = [max(row["loss"], row["parameters"], row["buffers"]) for row in rows]
+    return int(max(worst, default=0.0) > 1e-4)
+
+
+def missing_for(name: str) -> str | None:
+    """Reason why a case cannot run on this machine, as part of a sentence; None if it can."""
+    return missing_for_nvme() if "nvme" in name else None
 
 
 def compare(
@@ -90,8 +100,8 @@ def compare(
     return row
 
 
-def write_tables(rows: list[dict[str, Any]]) -> None:
-    """Puts both tables into docs/sharding.md."""
+def write_tables(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
+    """Puts both tables into docs/sharding.md, with the cases that did not run."""
     source = f"`{COMMAND}`; {record.in_words(record.environment())}."
     header = ["strategy", "ranks", "recompute", "loss", "parameters", "buffers", "loss to DDP"]
     matrix = [
@@ -100,7 +110,9 @@ def write_tables(rows: list[dict[str, Any]]) -> None:
         if r["checkpointing"] != "worlds"
     ]
     worlds = [[r["case"], r["ranks"], *figures(r)] for r in rows if r["checkpointing"] == "worlds"]
-    record.put_into(DOCUMENT, "parity", f"{source}\n\n{record.markdown(header, matrix)}")
+    notes = [f"\n`{name}` was not run: {reason}." for name, reason in missing.items()]
+    table = "\n".join([record.markdown(header, matrix), *notes])
+    record.put_into(DOCUMENT, "parity", f"{source}\n\n{table}")
     del header[2]
     record.put_into(DOCUMENT, "worlds", f"{source}\n\n{record.markdown(header, worlds)}")
 

@@ -61,6 +61,7 @@ def gather_stats_with_counts(
 ) -> tuple[Tensor, Tensor]:
     """Combines the ranks' statistics [ranks, C]; updates the running ones, unbiased."""
     assert means.dtype == inverse_stds.dtype == _wide(x)
+    assert means.shape == inverse_stds.shape == (len(counts), x.shape[1])
     assert counts.dtype == running_mean.dtype == running_var.dtype
     assert counts.dim() == 1
     mean, variance = torch.zeros(2, means.shape[1], dtype=torch.float64).unbind()
@@ -104,6 +105,8 @@ def backward_reduce(
     assert for_bias
     _check_layout(grad)
     _check_layout(x)
+    assert grad.dtype == x.dtype
+    assert mean.dtype == inverse_std.dtype == _wide(x)
     rows = _rows(grad)
     total, on_distance = rows.sum(0), (rows * (_rows(x) - mean)).sum(0)
     wide = _wide(x)
@@ -123,13 +126,16 @@ def backward_elemt(
 ) -> Tensor:
     """Computes the gradient of x from the group's sums [C] and the ranks' counts [ranks]."""
     assert counts.dtype == torch.int32
-    assert counts.is_contiguous()
-    assert weight.dtype == mean.dtype
+    assert grad.dtype == x.dtype
+    for tensor in (mean, inverse_std, weight, total, on_distance):
+        assert tensor.dtype == _wide(x)
+    for tensor in (mean, inverse_std, weight, total, on_distance, counts):
+        assert tensor.is_contiguous()  # the kernels for channels_last do not look at strides
     _check_layout(grad)
     number = int(counts.sum())
     slope = on_distance.double() * inverse_std.double().square() / number
     centred = _rows(grad) - total / number - (_rows(x) - mean) * slope
-    return _like(centred * inverse_std * weight, x)
+    return _like(centred * inverse_std * weight, grad)
 
 
 def _check_layout(x: Tensor) -> None:

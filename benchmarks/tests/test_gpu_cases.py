@@ -13,9 +13,11 @@ from benchmarks.gpu_cases import extras
 from benchmarks.gpu_check import extra_variants
 from benchmarks.gpu_rows import EXTRAS
 from harness import parity
+from harness.gpu_kernels import with_gpu_kernels
 from harness.pool import Distributed
 from seer_scale.optim.parts import Part
 from seer_scale.optim.slice_sgd import SliceSGD
+from seer_scale.parallel.batchnorm_gpu import MOST_GATHERED
 
 CPU = torch.device("cpu")
 QUICK = [name for name in extras() if name.startswith(("syncbn", "pinned"))]
@@ -29,6 +31,13 @@ def answers(names: list[str]) -> dict[str, str | None]:
 def test_batchnorm_and_pinned_images(distributed: Distributed, world_size: int) -> None:
     for found in distributed(answers, world_size, QUICK):
         assert found == dict.fromkeys(QUICK)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batchnorm_with_the_kernels_of_gpus(distributed: Distributed, world_size: int) -> None:
+    names = [name for name in QUICK if "syncbn" in name]
+    for found in distributed(with_gpu_kernels, world_size, MOST_GATHERED, answers, names):
+        assert found == dict.fromkeys(names)
 
 
 def with_local_batchnorm() -> dict[str, str | None]:

@@ -25,7 +25,7 @@ from seer_scale.distributed.work_clock import CLOCK
 from seer_scale.errors import ConfigError
 
 # Its name before torch 2.14, where this one is deprecated.
-_GATHER: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def init(timeout_minutes: float = 30.0, threads: int | None = None) -> torch.device:

@@ -1,9 +1,10 @@
 """Grouped SyncBatchNorm: BatchNorm whose statistics are shared by groups of ranks.
 
 Ioffe and Szegedy (arXiv 1502.03167), algorithm 1, over the batch of a group of ranks. A layer needs
-one all-reduce in the forward pass and one in the backward pass, on CPU (gloo) and CUDA (nccl)
-alike. A recomputation of activation checkpointing needs none: it replays the statistics of the
-first forward pass, so that running statistics are updated once per step.
+one collective in the forward pass and one in the backward pass, with kernels that every device has
+or, on GPUs, those of batchnorm_gpu.py. A recomputation of activation checkpointing needs none: it
+replays the statistics of the first forward pass, so that running statistics are updated once per
+step.
 
 Under torch.compile a layer is part of one graph. With activation checkpointing compile what is
 inside of `checkpoint`, not around it: torch accepts the contexts of this file only in a graph of
@@ -133,15 +134,14 @@ class GroupedSyncBatchNorm(_BatchNorm):
         if self.group is None:
             return self._forward_local(input)
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        given = (input, *running, cast(float, self.momentum), self.eps, self.group)
+        rest = (*running, cast(float, self.momentum), self.eps, self.group)
         if batchnorm_gpu.takes(input):
+            x = batchnorm_gpu.dense(input)
             with torch.no_grad():
-                shared = batchnorm_gpu.group_statistics(*given)
-            return batchnorm_gpu.normalize(
-                input, self.weight, self.bias, shared, self.eps, self.group
-            )
+                shared = batchnorm_gpu.group_statistics(x, *rest)
+            return batchnorm_gpu.normalize(x, self.weight, self.bias, shared, self.eps, self.group)
         with torch.no_grad():
-            statistics = group_statistics(*given)
+            statistics = group_statistics(input, *rest)
         y: Tensor = _Normalize.apply(
             input, self.weight, self.bias, *statistics, self.eps, self.group
         )

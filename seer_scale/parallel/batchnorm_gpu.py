@@ -26,6 +26,11 @@ MOST_GATHERED = 16
 Statistics = tuple[Tensor, Tensor, Tensor]
 
 
+def dense(x: Tensor) -> Tensor:
+    """Returns x in a layout that the kernels are made for, copied if it has another one."""
+    return x.contiguous(memory_format=_layout(x))
+
+
 def takes(x: Tensor) -> bool:
     """Whether these kernels take `x`; torch.compile does not know the shapes that they return."""
     return x.is_cuda and not torch.compiler.is_compiling()
@@ -40,16 +45,20 @@ def group_statistics(
     eps: float,
     group: dist.ProcessGroup,
 ) -> Statistics:
-    """Does what `batch_statistics.group_statistics` does, from the same arguments."""
+    """Does what `batch_statistics.group_statistics` does, from the same arguments.
+
+    x is dense: contiguous or channels_last.
+    """
     if distributed.world_size(group) > MOST_GATHERED:
         mean, _, inverse_std, negative_count = batch_statistics.group_statistics(
             x, running_mean, running_var, batches, momentum, eps, group
         )
-        return mean, inverse_std, negative_count.neg().int()
+        about = distributed.world_size(group) * (x.numel() // x.shape[1])
+        return mean, inverse_std, in_32_bits(negative_count, about)
 
     def compute() -> Statistics:
         channels = x.shape[1]
-        mean, inverse_std = torch.batch_norm_stats(dense(x), eps)
+        mean, inverse_std = torch.batch_norm_stats(x, eps)
         count = mean.new_full((1,), x.numel() // channels)
         own = torch.cat([mean, inverse_std, count])
         ranks = distributed.all_gather(own, group).view(-1, len(own))
@@ -59,10 +68,21 @@ def group_statistics(
             *(x, means, inverse_stds, running_mean, running_var, momentum, eps, counts)
         )
         batches.add_(1)
-        # The kernel of the backward pass ignores strides.
-        return mean, inverse_std, counts.to(torch.int32, memory_format=torch.contiguous_format)
+        return mean, inverse_std, counts.int()
 
     return batch_statistics.recorded(compute)
+
+
+def in_32_bits(negative_count: Tensor, about: int) -> Tensor:
+    """Divides a group's count into equal parts of 32 bits, which the kernels add in 64 bits.
+
+    Args:
+        negative_count: minus the number of elements, [1] float64.
+        about: that number on the host, to a factor of 2.
+    """
+    parts = 1 + about // 2**30
+    counts = negative_count.div(-parts).int()
+    return counts.repeat(parts) if parts > 1 else counts
 
 
 def normalize(
@@ -96,7 +116,6 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        x = dense(x)
         ctx.save_for_backward(x, weight, mean, inverse_std, counts)
         ctx.group = group
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
@@ -104,7 +123,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std, counts = ctx.saved_tensors
-        grad = dense(grads[0])
+        # Of another layout than x the kernels would take a slower way to the same values.
+        grad = grads[0].contiguous(memory_format=_layout(x))
         own = torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, weight, True, True, True)
         # Of grad, and of grad (x - mean).
         total, moment = distributed.all_reduce(torch.stack(own[:2]), "sum", ctx.group).unbind()
@@ -114,7 +134,7 @@ class _Normalize(torch.autograd.Function):
         return grad_x, *own[2:], *[None] * 5
 
 
-def dense(x: Tensor) -> Tensor:
-    """Returns x in one of the two layouts that the kernels are made for, copied if it has none."""
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout of x if the kernels are made for it, or contiguous."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last else x.contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -221,12 +221,12 @@ def _split(
 def _batch_norm(shape: Shape, layout: Layout, batch: Batch) -> list[Message]:
     """Statistics forward, gathered in float32 or summed in float64, and two sums backward.
 
-    For each resolution; `parallel/batchnorm.py` has the reasons.
+    For each resolution; `parallel/batchnorm_gpu.py` has the reasons.
     """
     ranks = group_of(layout.group_ranks(layout.sync_bn_group_size), layout.gpus_per_node)
 
     def forward(channels: int) -> tuple[Op, float]:
-        if ranks.size <= MOST_GATHERED:
+        if ranks.size <= MOST_GATHERED and not batch.compiled:
             return "all_gather", ranks.size * FLOAT * (2 * channels + 1)
         return "all_reduce", DOUBLE * (2 * channels + 2)
 

@@ -21,7 +21,7 @@ from seer_scale.planner.job import Batch
 
 # How often each element of a BatchNorm's input passes through memory. Forward: statistics 1,
 # normalisation 2, ReLU, SE's product or the residual sum 3. Backward: sums 2, gradient 3, ReLU, SE
-# or the residual sum 3.
+# or the residual sum 3. A compiled block fuses some of these, which is not counted.
 FORWARD_PASSES, BACKWARD_PASSES = 6, 8
 # The same for an optimizer step in float32: norms 2, update 3, decay 3, momentum 3, weights 3.
 OPTIMIZER_PASSES = 14

@@ -18,6 +18,7 @@ from harness.gpu_kernels import with_gpu_kernels
 from harness.pool import Distributed
 from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
+from seer_scale.parallel.batchnorm_gpu import in_32_bits
 from seer_scale.parallel.compile import apply_compile
 from seer_scale.parallel.convert_batchnorm import average_running_statistics, convert_sync_batchnorm
 
@@ -207,6 +208,16 @@ def test_calls_with_the_kernels_of_gpus(
         for forward, backward in rank:
             assert len(own(forward)) <= forward_calls, forward
             assert len(own(backward)) <= 4, backward
+
+
+@pytest.mark.parametrize(("ranks", "error"), [(2, 0), (5_000, 1e-8), (16_384, 1e-8)])
+def test_counts_of_large_groups_fit_in_32_bits(ranks: int, error: float) -> None:
+    of_a_rank = 32 * 112**2
+    total = ranks * of_a_rank
+    counts = in_32_bits(torch.tensor([-total], dtype=torch.float64), total)
+    assert counts.dtype == torch.int32
+    assert min(counts) > 0
+    assert int(counts.long().sum()) == pytest.approx(total, rel=error)
 
 
 def groups_of_three_models(group_size: int) -> tuple[int, bool]:
