@@ -75,7 +75,6 @@ class Training:
         self.saver.save(
             step=self.step_number,
             slices=self.optimizer.slices(),
-            writes_slices=True,
             model=self.model,
             local_state={},
             manifest={},

@@ -304,10 +304,10 @@ def whole_tensors(
     """
     mine = [
         (part.name, part.shape, part.offset, getattr(part, kind).detach().cpu().clone())
-        for part in (held.without_padding() for held in engine.slices())
+        for part in (held.without_padding() for held in engine.written_slices())
     ]
     found: dict[str, Tensor] = {}
-    for name, shape, offset, values in dist.gather_lists(mine if engine.writes_slices else []):
+    for name, shape, offset, values in dist.gather_lists(mine):
         empty = values.new_full((torch.Size(shape).numel(),), float("nan"))
         whole = found.setdefault(name, empty)
         whole[offset : offset + len(values)] = values

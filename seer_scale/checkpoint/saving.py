@@ -95,7 +95,6 @@ class Saver:
         *,
         step: int,
         slices: Iterable[Slice],
-        writes_slices: bool,
         model: nn.Module,
         local_state: Mapping[str, Tensor],
         manifest: Mapping[str, Any],
@@ -109,8 +108,8 @@ class Saver:
 
         Args:
             step: steps done.
-            slices: this rank's master weights and momenta.
-            writes_slices: False on ranks whose slices are copies of another rank's.
+            slices: master weights and momenta that this rank writes; none on ranks whose slices
+                others write.
             model: for its buffers; running statistics are averaged over the ranks first.
             local_state: tensors that each rank has its own of, such as the objective's queue.
             manifest: JSON values describing the run; what resuming compares.
@@ -125,9 +124,7 @@ class Saver:
         self._join()
         average_running_statistics(model)
         with _all_cores():
-            placement = stage(
-                self._staging, slices if writes_slices else (), model, local_state, in_place
-            )
+            placement = stage(self._staging, slices, model, local_state, in_place)
         partial = self.root / f".step_{step:08d}.{self._attempt}.partial"
         if not self._begin(partial, step, began):
             self._staging.clear()
@@ -255,7 +252,6 @@ def save(
     *,
     step: int,
     slices: Iterable[Slice],
-    writes_slices: bool,
     model: nn.Module,
     local_state: Mapping[str, Tensor],
     trunk: str,
@@ -271,7 +267,6 @@ def save(
     saver.save(
         step=step,
         slices=slices,
-        writes_slices=writes_slices,
         model=model,
         local_state=local_state,
         manifest=manifest,

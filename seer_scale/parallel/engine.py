@@ -87,9 +87,8 @@ class Engine(Protocol):
         """Whether the slices of every rank are all tensors, whole."""
         ...
 
-    @property
-    def writes_slices(self) -> bool:
-        """Whether this rank's slices belong in a checkpoint; those of replicas do not."""
+    def written_slices(self) -> Iterator[Slice]:
+        """The slices that this rank writes into a checkpoint; all ranks together write all."""
         ...
 
 
@@ -175,7 +174,7 @@ def _ddp(
         model.train() if alone else wrap_ddp(model.train(), device),
         optimizer,
         gradient_accumulation=sharding.gradient_accumulation,
-        writes_slices=distributed.is_main(),
+        writes=(0, 1) if distributed.is_main() else None,
         holds_all=True,
         fused=fused,
     )
@@ -221,7 +220,7 @@ def _fsdp(
         model.train(),
         optimizer,
         gradient_accumulation=sharding.gradient_accumulation,
-        writes_slices=not hybrid or mesh.get_local_rank("replicate") == 0,
+        writes=(mesh.get_local_rank("replicate"), mesh["replicate"].size()) if hybrid else (0, 1),
         fused=fused,
     )
 
@@ -246,7 +245,7 @@ def _fairscale(
         whole.train(),
         build_optimizer(tensor_groups(whole), options, loss_scale, shards=distributed.world_size()),
         gradient_accumulation=sharding.gradient_accumulation,
-        writes_slices=True,
+        writes=(0, 1),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,8 @@ class TorchEngine:
         module: the module to call: the model, or DDP around the model.
         optimizer: optimizer of the model's parameters, as sharded.
         gradient_accumulation: micro-batches per step.
-        writes_slices: whether this rank's slices belong in a checkpoint.
+        writes: (k, n) if this rank writes every n-th of its slices into a checkpoint, from the k-th
+            on; None if it writes none.
         holds_all: whether the slices of every rank are all tensors, whole.
         fused: steps parameters inside the backward pass; None to step after it.
     """
@@ -37,12 +39,12 @@ class TorchEngine:
         optimizer: SliceSGD,
         *,
         gradient_accumulation: int,
-        writes_slices: bool,
+        writes: tuple[int, int] | None,
         holds_all: bool = False,
         fused: FusedBackward | None = None,
     ) -> None:
         self.model = model
-        self.writes_slices = writes_slices
+        self._writes = writes
         self.holds_all = holds_all
         self._module = module
         self._optimizer = optimizer
@@ -86,6 +88,11 @@ class TorchEngine:
 
     def slices(self) -> Iterator[Slice]:
         return self._optimizer.slices()
+
+    def written_slices(self) -> Iterator[Slice]:
+        if self._writes is not None:
+            first, every = self._writes
+            yield from itertools.islice(self.slices(), first, None, every)
 
     @property
     def slices_stay(self) -> bool:

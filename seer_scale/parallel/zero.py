@@ -232,9 +232,9 @@ class ZeroEngine:
     def holds_all(self) -> bool:
         return self._stage == 0
 
-    @property
-    def writes_slices(self) -> bool:
-        return self._stage > 0 or distributed.is_main()
+    def written_slices(self) -> Iterator[Slice]:
+        if self._stage > 0 or distributed.is_main():
+            yield from self.slices()
 
     def _most_joined(self, zero: dict[str, Any]) -> int:
         """Elements of a joined group; 0 for one group per tensor."""

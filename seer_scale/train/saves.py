@@ -130,8 +130,7 @@ class Saves:
             }
         self._saver.save(
             step=state.step,
-            slices=engine.slices(),
-            writes_slices=engine.writes_slices,
+            slices=engine.written_slices(),
             model=engine.model,
             local_state=own,
             manifest={

@@ -90,8 +90,7 @@ def write(
     return save(
         root,
         step=step,
-        slices=cut(model, rank, world),
-        writes_slices=not whole or ranks.is_main(),
+        slices=cut(model, rank, world) if not whole or ranks.is_main() else (),
         model=model,
         local_state={} if local is None else local,
         trunk=TRUNK,

@@ -53,7 +53,6 @@ def start(
     saver.save(
         step=step,
         slices=cut(model, ranks.rank(), ranks.world_size()),
-        writes_slices=True,
         model=model,
         local_state=local or {},
         manifest={"state": {"step": step}},
@@ -139,7 +138,6 @@ def test_what_is_cut_out_of_padding_is_not_copied_again(
         saver.save(
             step=1,
             slices=engine.slices(),
-            writes_slices=True,
             model=engine.model,
             local_state={},
             manifest={},
@@ -172,7 +170,6 @@ def save_in_place(saver: Saver, model: nn.Module, slices: list[Slice]) -> None:
     saver.save(
         step=1,
         slices=slices,
-        writes_slices=True,
         model=model,
         local_state={},
         manifest={"state": {"step": 1}},

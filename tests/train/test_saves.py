@@ -12,6 +12,7 @@ from harness.engines import build_engine, configuration
 from harness.jobs import arguments, run_job
 from harness.pool import Distributed
 from seer_scale.checkpoint import CheckpointReader, list_checkpoints
+from seer_scale.checkpoint.saving import Saver
 from seer_scale.config import RunConfig
 from seer_scale.convert.loading import load
 from seer_scale.tracking import NullTracker, Tracker
@@ -68,6 +69,17 @@ def test_large_trunks_are_registered_where_somebody_looks_at_them(
     events = [event.fields for event in read_events(tracker.folder / SPOOL, 0)]
     registered = [fields["step"] for fields in events if fields["kind"] == "model"]
     assert registered == ([3, 6, 7] if evaluate_every is None else [3, 4, 6, 7])
+
+
+@pytest.mark.parametrize(("leaving", "seconds"), [(False, math.inf), (True, 5.0)])
+def test_a_run_that_leaves_gives_the_trunk_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaving: bool, seconds: float
+) -> None:
+    config, given = settings(tmp_path), []
+    monkeypatch.setattr(Saver, "save", lambda _, **values: given.append(values["trunk_s"]))
+    saves = build.saves_of(config, NullTracker(), None, lambda text: None)
+    saves.start(TrainState(step=1), build_engine(config)[0], {}, urgent=True, leaving=leaving)
+    assert given == [seconds]
 
 
 def fail_to_save(run_dir: Path) -> str | None:

@@ -178,8 +178,7 @@ class FineTuning:
         scale = self._engine.loss_scale
         self._saver.save(
             step=len(self.losses),
-            slices=self._engine.slices(),
-            writes_slices=self._engine.writes_slices,
+            slices=self._engine.written_slices(),
             model=self._engine.model,
             local_state={},
             manifest={
