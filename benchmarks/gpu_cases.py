@@ -146,22 +146,15 @@ def _layer(dtype: torch.dtype, dims: int) -> nn.Sequential:
 def _run(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
     y = model(x)
-    y.backward(grad)
-    assert x.grad is not None
+    names = ["gradient", *(f"{name[2:]} gradient" for name, _ in model.named_parameters())]
+    gradients = torch.autograd.grad(y, [x, *model.parameters()], grad)
     buffers = dict(model.named_buffers())
     return {
         "output": y.detach(),
-        "gradient": x.grad,
         "running mean": buffers["0.running_mean"],
         "running variance": buffers["0.running_var"],
-        **{f"{name[2:]} gradient": gradient_of(p) for name, p in model.named_parameters()},
+        **dict(zip(names, gradients, strict=True)),
     }
-
-
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient that a backward pass has left."""
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def skip(strategy: str, kind: str, device: torch.device) -> str | None:

@@ -55,13 +55,6 @@ ON_HOST = (
     # FSDP's views of a tensor, one for each rank.
     "torch.distributed.fsdp._fully_shard._fsdp_param._chunk_with_empty",
 )
-
-
-def _wide(x: Tensor) -> Tensor:
-    """A number per channel, in the type that GPUs compute statistics in."""
-    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-
-
 Reads = Mapping[tuple[str, str], float]  # (file, function) -> what the host reads there
 _kept: list[Any] = []  # what C++ points to
 
@@ -218,6 +211,11 @@ def fake_gpu(allowed: Reads) -> Iterator[Mode]:
 
         stack.enter_context(patch.object(FakeTensor, "tolist", as_list))
         yield mode
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A number per channel, in the type that GPUs compute statistics in."""
+    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:

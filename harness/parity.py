@@ -306,15 +306,11 @@ def whole_tensors(
         (part.name, part.shape, part.offset, getattr(part, kind).detach().cpu().clone())
         for part in (held.without_padding() for held in engine.written_slices())
     ]
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, shape, offset, values in dist.gather_lists(mine):
-        empty = values.new_full((torch.Size(shape).numel(),), float("nan"))
-        whole = found.setdefault(name, empty)
-        whole[offset : offset + len(values)] = values
-        found[name] = whole
-    shapes = {name: shape for name, shape, _, _ in mine}
-    everyone = dict(dist.gather_lists(list(shapes.items())))
-    tensors = {name: whole.view(everyone[name]) for name, whole in found.items()}
+        if name not in tensors:
+            tensors[name] = values.new_full(shape, float("nan"))
+        tensors[name].view(-1)[offset : offset + len(values)] = values
     buffers = buffers_without_padding(engine.model)
     return tensors | {name: buffer.detach().cpu().clone() for name, buffer in buffers}
 

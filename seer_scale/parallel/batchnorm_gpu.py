@@ -49,18 +49,16 @@ def group_statistics(
 
     x is dense: contiguous or channels_last.
     """
-    if distributed.world_size(group) > MOST_GATHERED:
+    channels, own_count = x.shape[1], x.numel() // x.shape[1]
+    if (size := distributed.world_size(group)) > MOST_GATHERED:
         mean, _, inverse_std, negative_count = batch_statistics.group_statistics(
             x, running_mean, running_var, batches, momentum, eps, group
         )
-        about = distributed.world_size(group) * (x.numel() // x.shape[1])
-        return mean, inverse_std, in_32_bits(negative_count, about)
+        return mean, inverse_std, in_32_bits(negative_count, size * own_count)
 
     def compute() -> Statistics:
-        channels = x.shape[1]
         mean, inverse_std = torch.batch_norm_stats(x, eps)
-        count = mean.new_full((1,), x.numel() // channels)
-        own = torch.cat([mean, inverse_std, count])
+        own = torch.cat([mean, inverse_std, mean.new_full((1,), own_count)])
         ranks = distributed.all_gather(own, group).view(-1, len(own))
         means, inverse_stds, counts = ranks.split_with_sizes([channels, channels, 1], dim=1)
         counts = counts.reshape(-1)
