@@ -37,10 +37,10 @@ TRAINER_OVERHEAD, SINKHORN_SHARE, LARC_SHARE, HELP_SECONDS = 0.02, 0.01, 0.6, 1.
 
 
 def step(repeats: int) -> tuple[list[Row], list[str]]:
-    """Measures the training step at two sizes."""
+    """Measures the training step at three sizes."""
     rows: list[Row] = []
     missed: list[str] = []
-    for trunk, batch in (("regnety_400mf", 8), ("regnety_1_6gf", 4)):
+    for trunk, batch in (("regnety_400mf", 8), ("regnety_1_6gf", 4), ("regnety_8gf", 2)):
         found = {c.name: c for c in train_step.compare(trunk, batch, repeats)}
         ours, again = found[train_step.OURS], found[train_step.CHECKPOINTED]
         for name, contender in found.items():
@@ -66,6 +66,10 @@ def step(repeats: int) -> tuple[list[Row], list[str]]:
                 "recomputing in memory": again.memory <= RECOMPUTE_MEMORY * peer.memory,
             }
             missed += [f"{trunk} against {name}: {aim}" for aim, met in checks.items() if not met]
+        if train_step.OURS_BF16 in found:
+            low, plain = found[train_step.OURS_BF16], found[train_step.PLAIN_BF16]
+            if plain.seconds < SPEED_UP * low.seconds:
+                missed.append(f"{trunk} against {plain.name}: {SPEED_UP}x faster")
     return rows, missed
 
 

@@ -29,9 +29,11 @@ from seer_scale.models import build_model, initialise
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.parallel.live_bytes import LiveBytes
 from seer_scale.performance.host_memory import keep_freed_memory
+from seer_scale.performance.processor import multiplies_bfloat16
 from seer_scale.train import build
 
 OURS, CHECKPOINTED, PLAIN, LIGHTLY = "seer-scale", "seer-scale, recomputing", "plain", "lightly"
+OURS_BF16, PLAIN_BF16 = f"{OURS}, bf16", f"{PLAIN}, bf16"
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,16 @@ def arguments(trunk: str, batch: int) -> tuple[str, ...]:
     )
 
 
+def contenders() -> tuple[str, ...]:
+    """Names all contenders; those in bfloat16 where the processor multiplies it."""
+    low = (OURS_BF16, PLAIN_BF16) if multiplies_bfloat16() else ()
+    return (OURS, CHECKPOINTED, PLAIN, LIGHTLY, *low)
+
+
 def compare(trunk: str, batch: int, repeats: int) -> list[Contender]:
     """Times all contenders, each on one rank with its own copy of the same weights."""
     workers: dict[str, Worker] = {}
-    for name in (OURS, CHECKPOINTED, PLAIN, LIGHTLY):
+    for name in contenders():
         worker = Worker(name, trunk, batch)
         if isinstance(loss := worker.ask(), str):
             print(f"no row for {name}, which is not installed ({loss})")
@@ -166,7 +174,7 @@ def _serve(there: Connection, name: str, trunk: str, batch: int, threads: int) -
     while (order := there.recv()) != "end":
         if order == "memory":
             # In the memory format of each contender; in a run the data loader makes it.
-            last = torch.channels_last if name in (OURS, CHECKPOINTED) else torch.contiguous_format
+            last = torch.channels_last if name.startswith(OURS) else torch.contiguous_format
             formatted = [crop.contiguous(memory_format=last) for crop in images]
             there.send(step_bytes(step, formatted) + buckets)
         else:
@@ -176,16 +184,17 @@ def _serve(there: Connection, name: str, trunk: str, batch: int, threads: int) -
 
 def _step_of(name: str, trunk: str, batch: int) -> tuple[peers.Step, int]:
     """Builds a contender's step; also returns the bytes of DDP's buckets."""
-    if name in (OURS, CHECKPOINTED):
+    low = name in (OURS_BF16, PLAIN_BF16)
+    if name.startswith(OURS):
         keep_freed_memory()  # as launch/pretrain.py does
         mode = "full" if name == CHECKPOINTED else "none"
-        options = arguments(trunk, batch)
-        config = configuration(*options, f"sharding.activation_checkpointing={mode}")
+        options = [*arguments(trunk, batch), f"sharding.activation_checkpointing={mode}"]
+        config = configuration(*options, precision="bf16" if low else "fp32")
         return our_step(config), 0  # a single rank needs no DDP
     model = build_model(trunk, head_dims=[512, 128], head_batch_norm=False, prototypes=3000)
     initialise(model, 0)  # seed 0, as in the recipe
-    make = peers.plain_step if name == PLAIN else peers.lightly_step
-    step, wrapped = make(model, trunk, crops=6)
+    make = peers.lightly_step if name == LIGHTLY else peers.plain_step
+    step, wrapped = make(model, trunk, crops=6, autocast=low)
     return step, bucket_bytes(wrapped)
 
 

@@ -46,12 +46,12 @@ def arguments_of(strategy: str, shard_size: int) -> list[str]:
     return [*kept, f"sharding.shard_size={shard_size}"] if strategy == "hsdp" else kept
 
 
-def configuration(*more: str) -> RunConfig:
-    """The recipe's model in float32."""
+def configuration(*more: str, precision: str = "fp32") -> RunConfig:
+    """The recipe's model, in float32 unless told otherwise."""
     argv = [
         *("--recipe", RECIPE, "run.dir=unused", "data.path=unused", "tracking.enabled=false"),
-        *("train.precision=fp32", "sharding.sync_bn_group_size=0", "train.gradient_accumulation=1"),
-        *more,
+        *("sharding.sync_bn_group_size=0", "train.gradient_accumulation=1"),
+        *(f"train.precision={precision}", *more),
     ]
     return parse(argv, recipes=ROOT / "launch" / "recipes", ranks=distributed.world_size()).config
 

@@ -42,7 +42,9 @@ def reduce_scatter_mean(
 
 @torch.no_grad()
 def whole_tensors(gathered: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Puts gathered parts together.
+    """Puts gathered parts together, each tensor in memory of its own if there are several.
+
+    A view of a column would keep all gathered parts alive as long as its tensor.
 
     Args:
         gathered: a row per rank, which holds that rank's part of every tensor, filled up,
@@ -53,6 +55,6 @@ def whole_tensors(gathered: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor
     for shape in shapes:
         size = shape.numel()
         share = -(-size // len(gathered))
-        found.append(gathered[:, start : start + share].reshape(-1)[:size].view(shape))
+        found.append(gathered[:, start : start + share].contiguous().view(-1)[:size].view(shape))
         start += share
     return found

@@ -28,6 +28,7 @@ from seer_scale.performance.hardware import Hardware, load_hardware
 from seer_scale.performance.profiler import check_ranks
 from seer_scale.performance.shape import FLOAT
 from seer_scale.planner.communication import bytes_by_kind, messages
+from seer_scale.planner.host_time import host_seconds
 from seer_scale.planner.job import Batch, Layout, Sinkhorn, Zero
 from seer_scale.planner.memory import memory_of
 from seer_scale.planner.model import Model, profile_of, recomputed_regions, shape_of
@@ -132,6 +133,7 @@ def plan(
         found,
         recomputed=recomputed,
         held_parameters=shape.total / (layout.shards if layout.is_sharded else 1),
+        on_host=host_seconds(shape, layout, batch, recomputed),
     )
     return Plan(
         config.recipe,

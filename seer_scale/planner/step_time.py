@@ -3,14 +3,15 @@
 Convolutions and matrix products run at `efficiency` x peak. BatchNorm, activation functions,
 squeeze-and-excitation (SE) and additions run at the bandwidth of memory, collectives at that of
 the links. Gathering and reducing hide behind the pass that runs at the same time, except for the
-first or last piece; all other collectives are waited for. Kernel launches, loading of images and
-slow ranks are not counted. docs/planner.md says where the constants come from.
+first or last piece; all other collectives are waited for. The host starts kernels meanwhile
+(`planner/host_time.py`); what it takes longer is waited for. Loading of images and slow ranks are
+not counted. docs/planner.md says where the constants come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from seer_scale.models import RegNetConfig
 from seer_scale.performance.flops import Flops, trunk_layers
@@ -42,6 +43,8 @@ class StepTime:
         gradients: reducing gradients, as far as the backward pass does not hide it.
         sinkhorn: waiting for the sums of SwAV's codes.
         optimizer: memory traffic of the update, and waiting for LARC's norms.
+        host: waiting for the host, which takes longer than all of the above; 0 on a CPU, where it
+            is a part of them.
     """
 
     forward: float
@@ -53,6 +56,7 @@ class StepTime:
     gradients: float
     sinkhorn: float
     optimizer: float
+    host: float
 
     @property
     def total(self) -> float:
@@ -69,6 +73,7 @@ def step_time(
     *,
     recomputed: frozenset[int],
     held_parameters: float,
+    on_host: float,
 ) -> StepTime:
     """Computes the seconds of a step.
 
@@ -80,6 +85,7 @@ def step_time(
         found: messages of a step.
         recomputed: positions of the recomputed blocks.
         held_parameters: number of elements that the rank's optimizer updates.
+        on_host: seconds that the host needs to start it all.
     """
     images = batch.images
     rate = hardware.efficiency * hardware.peak(batch.precision)
@@ -95,7 +101,7 @@ def step_time(
     exposed = _exposed(found, hardware, {"forward": forward + ahead,
                                          "backward": backward + recompute + behind})  # fmt: skip
     step = FLOAT * OPTIMIZER_PASSES * held_parameters / memory
-    return StepTime(
+    time = StepTime(
         forward,
         backward,
         recompute,
@@ -105,7 +111,10 @@ def step_time(
         waiting["gradients"] + exposed["gradients"],
         waiting["sinkhorn"],
         waiting["optimizer"] + step,
+        host=0.0,
     )
+    on_gpu = hardware.generation != "CPU"
+    return replace(time, host=max(0.0, on_host - time.total) if on_gpu else 0.0)
 
 
 def traffic(trunk: RegNetConfig, batch: Batch, recomputed: frozenset[int]) -> tuple[float, float]:

@@ -105,12 +105,12 @@ def scope(plan: Plan) -> str:
     source = " ".join(plan.hardware.efficiency_source.split())
     told = (
         f"(convolutions at {100 * plan.hardware.efficiency:.3g} % of the peak: {source}; without "
-        "the loading of images and the starting of kernels"
+        "the loading of images"
     )
     if plan.hardware.generation == "CPU":
         told += (
-            ": on a CPU these share the cores, and a small trunk reaches a quarter to a half of "
-            "this speed"
+            " and the starting of operations: on a CPU these share the cores, and a small trunk "
+            "reaches a quarter to a half of this speed"
         )
     return f"{told})"
 

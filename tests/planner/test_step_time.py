@@ -83,6 +83,7 @@ def test_reductions_hide_behind_the_backward_pass_but_for_the_last(
         [reductions],
         recomputed=frozenset(),
         held_parameters=0,
+        on_host=0,
     )
     assert found.backward == pytest.approx(flops / 5e12)
     assert found.gradients == pytest.approx(waited)
