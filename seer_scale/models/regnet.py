@@ -15,12 +15,12 @@ from itertools import groupby
 from typing import Any, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.regnet import AnyStage, ResBottleneckBlock, SimpleStemIN
 
 from seer_scale.errors import ConfigError, suggestion
 from seer_scale.models.initialise import initialise
+from seer_scale.models.layers import Conv, Excitation, PointwiseConv, layer_by_layer
 from seer_scale.models.padding import Padding
 
 QUANTUM = 8  # block widths before grouping are multiples of this
@@ -105,47 +105,21 @@ TRUNKS: dict[str, RegNetConfig] = {
 }
 
 
-class PooledConv(nn.Conv2d):
-    """A 1x1 convolution of one pixel, as the matrix product that it is.
-
-    torch's convolution of one pixel is a loop over the batch on a CPU: with squeeze-and-excitation
-    it took a quarter of a small trunk's step. Parameters keep their names and shapes.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, 1, 1] to [B, out_channels, 1, 1]."""
-        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution of stride 1; on a CPU in channels_last a matrix product over all pixels.
-
-    That is faster than oneDNN's convolution, and with one thread and few images torch takes one
-    instead whose output is contiguous, so that all operations around it meet two formats
-    (docs/performance.md). Parameters keep their names and shapes.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, out_channels, H, W]."""
-        if input.device.type != "cpu" or not input.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(input)
-        pixels = F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
-        return pixels.permute(0, 3, 1, 2)
-
-
 class Block(ResBottleneckBlock):  # type: ignore[misc]  # torchvision has no types
     """torchvision's residual block, which also takes one tensor per resolution at once.
 
-    Whoever gathers or recomputes a block then does so once a step and not once a resolution, and
-    its gradient is complete as soon as the backward pass leaves it.
+    Whoever gathers or recomputes a block, or a layer of it, then does so once a pass and not once a
+    resolution, and its gradient is complete as soon as the backward pass leaves it.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         squeeze = self.f.se
-        squeeze.fc1, squeeze.fc2 = _as(PooledConv, squeeze.fc1), _as(PooledConv, squeeze.fc2)
+        self.f.se = Excitation(squeeze.fc1.in_channels, squeeze.fc1.out_channels)
         for layers in (self.f.a, self.f.c):  # a convolution, BatchNorm, and perhaps ReLU
             layers[0] = _as(PointwiseConv, layers[0])
+        for layers in (self.f.b, *([self.proj] if self.proj is not None else [])):
+            layers[0] = _as(Conv, layers[0])
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -153,20 +127,30 @@ class Block(ResBottleneckBlock):  # type: ignore[misc]  # torchvision has no typ
     def forward(self, x: list[Tensor]) -> list[Tensor]: ...
     def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """[B, C, H, W] to [B, width, H / stride, W / stride], or a list of such to another."""
-        if isinstance(x, list):
-            return [self._one(resolution) for resolution in x]
-        return self._one(x)
-
-    def _one(self, x: Tensor) -> Tensor:
+        several = x if isinstance(x, list) else [x]
+        shortcuts = several if self.proj is None else layer_by_layer(self.proj, several)
+        found = several
+        for layers in (self.f.a, self.f.b, [self.f.se], self.f.c):
+            found = layer_by_layer(layers, found)
         # Added in place: no BatchNorm needs its own output in the backward pass.
-        shortcut = x if self.proj is None else self.proj(x)
-        output: Tensor = self.activation(self.f(x).add_(shortcut))
-        return output
+        outputs = [
+            self.activation(output.add_(shortcut))
+            for output, shortcut in zip(found, shortcuts, strict=True)
+        ]
+        return outputs if isinstance(x, list) else outputs[0]
 
 
-def _as(kind: type[nn.Conv2d], layer: nn.Conv2d) -> nn.Conv2d:
-    """A 1x1 convolution of this kind, of a layer's size."""
-    return kind(layer.in_channels, layer.out_channels, 1, bias=layer.bias is not None)
+def _as(kind: type[Conv], layer: nn.Conv2d) -> Conv:
+    """A convolution of this kind, of a layer's size."""
+    return kind(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]  # a pair of numbers, which torch's type lacks
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        groups=layer.groups,
+        bias=layer.bias is not None,
+    )
 
 
 class RegNet(nn.Module):

@@ -1,10 +1,9 @@
 """The limits of DeepSpeed's stage 3 on gathered weights that `"auto"` stands for.
 
 A layer is freed after its use unless it is used again within `stage3_max_reuse_distance` elements.
-Every resolution goes through a block in turn: the next one comes to the layer after the other
-layers of the block. A recomputed block goes on with its backward pass, layers in reverse, which
-comes to its first layer after all other layers twice. With a distance below the block, the block
-would be gathered once per resolution, and again for the backward pass.
+A recomputed block goes on with its backward pass, layers in reverse: it comes to its first layer
+after all other layers once forward, and once backward for each resolution. With a distance below
+that, the block would be gathered again for the backward pass.
 """
 
 from __future__ import annotations
@@ -17,14 +16,17 @@ REUSE, LIVE, PREFETCH = (
     "stage3_prefetch_bucket_size",
 )
 DEFAULT_PREFETCH = 50_000_000  # DeepSpeed's
+USES = (
+    3  # of a block's layers before the first one's next: forward, and backward for two resolutions
+)
 LEAST = 200_000_000  # a smaller model stays whole, 0.8 GB, and is gathered once a step
 
 
 def with_limits(zero: dict[str, Any], largest_block: int) -> dict[str, Any]:
     """Returns `zero` with numbers where its limits are `"auto"`, for stage 3.
 
-    The reuse distance becomes twice the largest block. The limit of live weights becomes the block
-    and one bucket: DeepSpeed gathers nothing ahead of its use while more are live.
+    The reuse distance becomes `USES` times the largest block. The limit of live weights becomes the
+    block and one bucket: DeepSpeed gathers nothing ahead of its use while more are live.
 
     Args:
         zero: the section zero_optimization.
@@ -34,5 +36,5 @@ def with_limits(zero: dict[str, Any], largest_block: int) -> dict[str, Any]:
         return zero
     prefetch = zero.get(PREFETCH, "auto")
     bucket = DEFAULT_PREFETCH if prefetch == "auto" else int(prefetch)
-    numbers = {REUSE: max(LEAST, 2 * largest_block), LIVE: max(LEAST, largest_block + bucket)}
+    numbers = {REUSE: max(LEAST, USES * largest_block), LIVE: max(LEAST, largest_block + bucket)}
     return zero | {key: number for key, number in numbers.items() if zero.get(key) == "auto"}

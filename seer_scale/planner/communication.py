@@ -17,6 +17,7 @@ from typing import Literal
 
 from seer_scale.optim.groups import MOST_JOINED
 from seer_scale.parallel.batchnorm_gpu import MOST_GATHERED
+from seer_scale.parallel.zero_limits import USES
 from seer_scale.performance.hardware import Hardware
 from seer_scale.performance.shape import FLOAT, Shape
 from seer_scale.planner.job import DOUBLE, Batch, Layout, Sinkhorn, Zero
@@ -180,12 +181,10 @@ def _zero_weights(
     ]
     shared, fetches = float(sum(size * width for size, width in cut)), max(1, len(cut))
     kept = float(FLOAT * (shape.total - sum(size for size, _ in cut)))
-    forward, backward = _gathers(shape, zero, len(batch.crop_sizes), recomputed)
+    backward = _gathers_backward(shape, zero, recomputed)
     return [
         _split("gradients", "reduce_scatter", whole, buckets, world, hidden, micro_batches),
-        _split(
-            "sharding", "all_gather", forward * shared, fetches, world, "forward", micro_batches
-        ),
+        _split("sharding", "all_gather", shared, fetches, world, "forward", micro_batches),
         _split("sharding", "all_gather", kept, 1, world, "waiting"),
         _split(
             "sharding", "all_gather", backward * shared, fetches, world, "backward", micro_batches
@@ -193,22 +192,18 @@ def _zero_weights(
     ]
 
 
-def _gathers(
-    shape: Shape, zero: Zero, resolutions: int, recomputed: frozenset[int]
-) -> tuple[float, float]:
-    """How often stage 3 gathers the model in the forward and the backward pass.
+def _gathers_backward(shape: Shape, zero: Zero, recomputed: frozenset[int]) -> float:
+    """How often stage 3 gathers the model in the backward pass.
 
-    See `parallel/zero_limits.py`: a block above the reuse distance is gathered once per resolution.
-    What is used last in the forward pass stays for the backward pass.
+    A recomputed block above the reuse distance is gathered twice (`parallel/zero_limits.py`). What
+    is used last in the forward pass stays for the backward pass.
     """
-    forward = backward = float(shape.stem.whole + shape.top.whole)
-    for index, block in enumerate(shape.blocks):
-        times = 1 if block.whole <= zero.reuse else resolutions
-        again = 0 if index not in recomputed or 2 * block.whole <= zero.reuse else times
-        forward += times * block.whole
-        backward += (1 + again) * block.whole
-    backward -= min(zero.reuse / 2, shape.total)
-    return forward / shape.total, backward / shape.total
+    twice = sum(
+        block.whole
+        for index, block in enumerate(shape.blocks)
+        if index in recomputed and USES * block.whole > zero.reuse
+    )
+    return 1 + (twice - min(zero.reuse / USES, shape.total)) / shape.total
 
 
 def _split(

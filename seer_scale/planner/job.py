@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from seer_scale.parallel.zero_limits import USES
 from seer_scale.performance.shape import FLOAT
 
 DOUBLE = 8  # bytes of a float64
@@ -43,10 +44,10 @@ class Zero:
     def kept(self) -> float:
         """Elements that stage 3 keeps gathered at most.
 
-        The last layers of the forward pass are the first of the backward pass: of those within the
-        reuse distance, half the elements are before the turn.
+        The last layers of the forward pass are the first of the backward pass: see
+        `parallel/zero_limits.py` for the elements of the reuse distance before the turn.
         """
-        return max(self.live, self.reuse / 2)
+        return max(self.live, self.reuse / USES)
 
     @classmethod
     def read(cls, section: Mapping[str, Any]) -> Zero:

@@ -12,7 +12,8 @@ from torch import nn
 
 from seer_scale.errors import ConfigError
 from seer_scale.models import TRUNKS, RegNetConfig, build_trunk
-from seer_scale.models.regnet import Block, PointwiseConv, RegNet
+from seer_scale.models.layers import PointwiseConv
+from seer_scale.models.regnet import Block, RegNet
 
 # depths, widths, groups per stage, parameters, tensors of the state dict, BatchNorm layers
 SEER = {

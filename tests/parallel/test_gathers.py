@@ -88,6 +88,19 @@ def test_zero3_gathers_weights_in_the_type_of_the_forward_pass(
         assert {kind for kind, _ in found["reduce_scatter"]} == {torch.float32}
 
 
+def test_fsdp_gathers_a_layer_that_is_a_unit_once_for_all_resolutions(
+    distributed: Distributed,
+) -> None:
+    heavy = 1000  # all convolutions of the later stages, and those of squeeze-and-excitation
+    units = build("meta").units(heavy)
+    assert sum(isinstance(unit, torch.nn.Conv2d) for unit in units) > 20
+    for found in distributed(sent, 2, Case("fsdp", sharding={"unit_parameters": heavy}), "fp32"):
+        gathered = [size for _, size in found["all_gather"]]
+        assert sum(gathered) == 2 * padded_bytes(2, True, FLOAT)  # forward and backward
+        assert len(gathered) == 2 * (len(units) + 1)  # and the stem
+        assert sum(size for _, size in found["reduce_scatter"]) == padded_bytes(2, True, FLOAT)
+
+
 def sent_by_rank_0_of_64(name: str) -> dict[str, list[tuple[torch.dtype, int]]]:
     """The collectives of a forward and a backward pass."""
     with fake_ranks(64, 0):
@@ -200,19 +213,20 @@ def planned_gathers(reuse: int | str, checkpointing: str) -> float:
 @pytest.mark.parametrize(
     ("reuse", "checkpointing", "passes"),
     [
-        # Both resolutions forward, once backward; recomputed, both resolutions once more.
-        (0, "none", 3),
-        (0, "full", 5),
+        # Once a pass: forward, backward, and before it recomputed.
+        (0, "none", 2),
+        (0, "full", 3),
         # Once forward, and once backward but for the last block, which stays.
         ("auto", "none", 2),
         ("auto", "full", 2),
     ],
 )
-def test_a_reuse_distance_of_two_blocks_gathers_a_block_once_a_pass(
+def test_a_reuse_distance_of_three_blocks_gathers_a_block_once_a_pass(
     distributed: Distributed, reuse: int | str, checkpointing: str, passes: int
 ) -> None:
     found = distributed(gathers, 2, reuse, checkpointing)[0]
-    assert passes - 0.4 < found <= passes
+    # BatchNorm's few numbers come once for each resolution.
+    assert passes - 0.4 < found <= 1.02 * passes
     assert planned_gathers(reuse, checkpointing) == pytest.approx(found, rel=0.05)
 
 
@@ -226,7 +240,7 @@ def test_auto_follows_the_largest_block_from_200_million_on() -> None:
     assert with_limits(zero, 10**9) == {
         **zero,
         "stage3_max_live_parameters": 10**9 + 5,
-        "stage3_max_reuse_distance": 2 * 10**9,
+        "stage3_max_reuse_distance": 3 * 10**9,
     }
     assert with_limits(zero, 1)["stage3_max_reuse_distance"] == 200_000_000
     assert with_limits(zero, 1)["stage3_max_live_parameters"] == 200_000_000
@@ -245,4 +259,4 @@ def limits_of_a_run() -> tuple[int, int]:
 
 
 def test_a_run_computes_auto_from_its_own_model(distributed: Distributed) -> None:
-    assert distributed(limits_of_a_run, 2)[0] == (2 * 69_806, 69_806 + 50_000_000)
+    assert distributed(limits_of_a_run, 2)[0] == (3 * 69_806, 69_806 + 50_000_000)
