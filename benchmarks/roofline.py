@@ -50,6 +50,7 @@ def column(recipe: str, hardware: str, precision: str) -> tuple[str, list[str]]:
         "reducing gradients": time.gradients,
         "codes": time.sinkhorn,
         "optimizer": time.optimizer,
+        "waiting for the host": time.host,
     }
     return f"{recipe}, {hardware}, {precision}", [
         str(images),
@@ -76,6 +77,7 @@ ROWS = (
     "reducing gradients, waited for",
     "codes",
     "optimizer",
+    "waiting for the host",
     "step",
     "MFU",
 )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seer_scale import distributed
+from seer_scale.optim.pinned_memory import pinned
 from seer_scale.optim.slices import Slice, buffers_without_padding
 from seer_scale.storage.tensor_file import Kind, as_bytes, copy_bytes
 
@@ -34,10 +35,25 @@ class Staging:
         self._live: dict[str, int] = {}  # reads left of tensors in the training's memory
         self._lock = threading.Lock()
 
+    def reserve(self, sources: Mapping[str, Tensor], *, pin: bool = True) -> None:
+        """Takes the memory for copies of float32 tensors at once, which needs the least of it.
+
+        Args:
+            sources: tensors that have the keys and the shapes.
+            pin: take pinned memory, which needs CUDA.
+        """
+        new = {key: source for key, source in sources.items() if not self._fits(key, source)}
+        self._memory.update(zip(new, pinned(list(new.values()), pin=pin), strict=True))
+
+    def _fits(self, key: str, source: Tensor) -> bool:
+        known = self._memory.get(key)
+        return known is not None and (known.shape, known.dtype) == (source.shape, source.dtype)
+
     def copy(self, key: str, source: Tensor) -> None:
         """Copies a tensor to the CPU, without waiting for the GPU."""
-        target = self._memory.get(key)
-        if target is None or target.shape != source.shape or target.dtype != source.dtype:
+        if self._fits(key, source):
+            target = self._memory[key]
+        else:
             target = torch.empty(
                 source.shape, dtype=source.dtype, pin_memory=source.device.type == "cuda"
             )
@@ -112,6 +128,9 @@ def stage(
     placement: dict[str, Any] = {}
     main = distributed.is_main()
     staging.clear()
+    if in_place:  # nothing comes from a disk, so that all slices may be there at once
+        slices = list(slices)
+        staging.reserve(_on_gpu(slices))
 
     def take(key: str, values: Tensor, reads: int, own: bool) -> None:
         on_host = values.device.type == "cpu" and values.is_contiguous()
@@ -142,3 +161,12 @@ def stage(
         torch.cuda.synchronize()
     staging.free(keep=staging.kinds())  # e.g. of a queue that is no longer there
     return placement
+
+
+def _on_gpu(slices: Iterable[Slice]) -> dict[str, Tensor]:
+    """Tensors that `stage` copies from a GPU as they are, by key."""
+    found: dict[str, Tensor] = {}
+    for held in slices:
+        if held.padding is None:
+            found |= {f"weight/{held.name}": held.values, f"momentum/{held.name}": held.momentum}
+    return {key: tensor for key, tensor in found.items() if tensor.is_cuda}

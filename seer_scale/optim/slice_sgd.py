@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seer_scale.optim import larc
-from seer_scale.optim.host_momentum import pinned_zeros
 from seer_scale.optim.loss_scale import LossScale
 from seer_scale.optim.parts import Part, cut_pieces, parts_of
+from seer_scale.optim.pinned_memory import pinned
 from seer_scale.optim.slices import Slice, local
 from seer_scale.optim.unit_rows import normalise_rows_
 from seer_scale.optim.update import update_
@@ -289,8 +289,8 @@ class SliceSGD(torch.optim.Optimizer):
             every = [each for group in self.param_groups for each in group["params"]]
             holders = every if on_host else [holder]
             likes = [local(each.detach()) for each in holders]
-            zeros = pinned_zeros(likes) if on_host else [torch.zeros_like(like) for like in likes]
-            for each, tensor in zip(holders, zeros, strict=True):
-                self.state[each][MOMENTUM] = tensor
+            empty = pinned(likes) if on_host else [torch.empty_like(like) for like in likes]
+            for each, tensor in zip(holders, empty, strict=True):
+                self.state[each][MOMENTUM] = tensor.zero_()
         momentum: Tensor = self.state[holder][MOMENTUM]
         return momentum

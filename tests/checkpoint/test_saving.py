@@ -286,6 +286,19 @@ def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
         assert torch.equal(weight, trained(seed).get_parameter("prototypes.weight").detach())
 
 
+def test_copies_lie_in_memory_that_is_reserved_at_once() -> None:
+    kept = staging.Staging()
+    sources = {f"weight/{size}": torch.full((size, 3), float(size)) for size in (40, 7, 900)}
+    kept.reserve(sources, pin=False)
+    places = {key: tensor.data_ptr() for key, tensor in kept._memory.items()}
+    assert len({t.untyped_storage().data_ptr() for t in kept._memory.values()}) < len(sources)
+    for key, source in sources.items():
+        kept.copy(key, source)
+    kept.reserve(sources, pin=False)  # of the next save: nothing new
+    assert {key: tensor.data_ptr() for key, tensor in kept._memory.items()} == places
+    assert all(torch.equal(kept._now[key], source) for key, source in sources.items())
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """The system refuses to write beyond `size` bytes, as a full disk does."""

@@ -29,6 +29,7 @@ from seer_scale.doctor.storage import check_storage
 from seer_scale.doctor.tracking import check_mlflow
 from seer_scale.doctor.versions import _package, check_versions
 from seer_scale.performance.free_memory import free_memory
+from seer_scale.performance.processor import BFLOAT16
 
 
 def doctor(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -187,6 +188,8 @@ def test_memory_and_limits_are_those_of_this_process() -> None:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert found["open files"].value.startswith(str(soft))
     assert "/dev/shm" in found["shared memory"].value
+    there = set(BFLOAT16) & set(Path("/proc/cpuinfo").read_text().split())
+    assert found["bfloat16"].value.startswith("the processor multiplies it" if there else "no ")
 
 
 def test_a_small_dev_shm_is_a_warning_and_no_failure() -> None:

@@ -1,7 +1,7 @@
 """Pinned host memory for many tensors, without the power of two that each would be rounded up to.
 
 torch takes pinned memory in powers of two (its `CachingHostAllocator`). Each tensor alone would
-cost RG-10B's momentum 44 GiB instead of 36.
+cost RG-10B's momentum 44 GiB instead of 36, and as much again to a save.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 ALIGNED = 16  # elements that a tensor's place is a multiple of
 
 
-def pinned_zeros(likes: Sequence[Tensor], *, pin: bool = True) -> list[Tensor]:
-    """Allocates zeros like float32 tensors in host memory, as views of few buffers.
+def pinned(likes: Sequence[Tensor], *, pin: bool = True) -> list[Tensor]:
+    """Takes host memory for tensors like float32 tensors, without values, as views of few buffers.
 
     Args:
         likes: tensors whose shapes the result has.
         pin: take pinned memory, which needs CUDA.
     """
     buffers, places = plan_buffers([like.numel() for like in likes])
-    memory = [torch.zeros(size, dtype=torch.float32, pin_memory=pin) for size in buffers]
+    memory = [torch.empty(size, dtype=torch.float32, pin_memory=pin) for size in buffers]
     return [
         memory[index][start : start + like.numel()].view(like.shape)
         for like, (index, start) in zip(likes, places, strict=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seer_scale.models import build_trunk
-from seer_scale.optim.host_momentum import pinned_zeros, plan_buffers
+from seer_scale.optim.pinned_memory import pinned, plan_buffers
 
 
 def rounded(size: int) -> int:
@@ -44,11 +44,11 @@ def test_no_two_tensors_share_an_element(seed: int) -> None:
         room[:] = False
 
 
-def test_tensors_are_zeros_of_the_shapes() -> None:
+def test_tensors_have_the_shapes_and_share_buffers() -> None:
     likes = [torch.ones(3, 4), torch.ones(5), torch.ones(0), torch.ones(())]
-    found = pinned_zeros(likes, pin=False)
+    found = pinned(likes, pin=False)
     assert [tensor.shape for tensor in found] == [like.shape for like in likes]
-    assert not any(tensor.any() for tensor in found)
-    found[0].fill_(1)
-    assert not any(tensor.any() for tensor in found[1:])
+    for index, tensor in enumerate(found):
+        tensor.fill_(index)
+    assert all(torch.all(tensor == index) for index, tensor in enumerate(found))
     assert len({tensor.untyped_storage().data_ptr() for tensor in found}) < len(likes)
