@@ -61,3 +61,13 @@ def test_gathered_parts_are_put_together_in_order(world: int) -> None:
     for mine, whole in zip(found, wholes, strict=True):
         assert mine.shape == whole.shape
         assert torch.equal(mine, whole)
+
+
+@pytest.mark.parametrize("world", [2, 64])
+def test_gathered_tensors_do_not_keep_the_parts_alive(world: int) -> None:
+    """With as many ranks as elements a part is one element, and a column of the parts a tensor."""
+    sizes = [world, 3 * world, world]
+    gathered = torch.arange(5.0 * world).view(world, 5)
+    found = whole_tensors(gathered, [torch.Size([size]) for size in sizes])
+    assert all(tensor.is_contiguous() for tensor in found)
+    assert [tensor.untyped_storage().nbytes() for tensor in found] == [4 * size for size in sizes]
