@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from harness.parity import (
     CASES,
@@ -49,7 +50,9 @@ def low_precision(name: str, precision: str) -> dict[str, Any]:
     seen: set[torch.dtype] = set()
     for module in engine.model.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-            module.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+            module.register_forward_hook(
+                lambda _, __, output: seen.update(tensor.dtype for tensor in tree_leaves(output))
+            )
     losses, scores = train_steps(engine, STEPS)
     return {
         "losses": losses,
