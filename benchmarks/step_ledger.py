@@ -28,6 +28,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -175,12 +176,22 @@ def measure_save_and_resume(model: str, strategy: str, ranks: int) -> FileCell:
     return measure_files(model, strategy, ranks, config, warm)
 
 
-def alone(measured: Callable[..., T], wanted: Sequence[tuple[Any, ...]]) -> Iterator[T]:
-    """Measures cells one after the other, each in a process of its own."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for one in wanted:
-            yield pool.submit(measured, *one).result()
+def alone(
+    measured: Callable[..., T], wanted: Sequence[tuple[Any, ...]], kind: Callable[..., T]
+) -> Iterator[T]:
+    """Measures cells one after the other, each in a process of its own.
+
+    Args:
+        measured: measures one cell, from the numbers of `wanted`.
+        wanted: numbers of each cell.
+        kind: makes a cell of the same numbers and a `problem`, for a process that was killed.
+    """
+    for one in wanted:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                yield pool.submit(measured, *one).result()
+            except BrokenProcessPool:
+                yield kind(*one, problem="its process was killed, perhaps for its memory")
 
 
 def table(found: Sequence[Cell]) -> str:
@@ -218,10 +229,11 @@ def main() -> int:
     options = parser.parse_args()
     wanted = options.models, options.strategies, options.ranks
     steps, files = [], []
-    for cell in alone(measure, list(cells(*wanted))):
+    for cell in alone(measure, list(cells(*wanted)), Cell):
         steps.append(cell)
         print(table([cell]).splitlines()[-1], flush=True)
-    for kept in alone(measure_save_and_resume, [c for c in product(*wanted) if c[1] in SAVED]):
+    saved = [cell for cell in product(*wanted) if cell[1] in SAVED]
+    for kept in alone(measure_save_and_resume, saved, FileCell):
         files.append(kept)
         print(ledger_files.table([kept]).splitlines()[-1], flush=True)
     if options.write:

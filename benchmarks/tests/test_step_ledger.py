@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -47,7 +49,7 @@ def test_a_step_makes_no_more_calls_than_before(strategy: str, way: Way) -> None
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_save_and_a_resume_open_no_more_files_than_before(strategy: str) -> None:
     wanted = [("regnety_debug", strategy, RANKS)]
-    (cell,) = step_ledger.alone(step_ledger.measure_save_and_resume, wanted)
+    (cell,) = step_ledger.alone(step_ledger.measure_save_and_resume, wanted, FileCell)
     assert cell.problem == ""
     # The part, its folder for fsync, the report and its folder; see test_reads.py for the seven.
     assert (cell.save[0], cell.resume[0]) == (4, 7)
@@ -97,5 +99,17 @@ def test_the_table_of_files_says_what_failed() -> None:
 
 
 def test_a_rank_that_keeps_too_much_is_named_and_not_built() -> None:
-    (cell,) = step_ledger.alone(step_ledger.measure_save_and_resume, [("seer_rg10b", "fsdp", 2)])
+    wanted = [("seer_rg10b", "fsdp", 2)]
+    (cell,) = step_ledger.alone(step_ledger.measure_save_and_resume, wanted, FileCell)
     assert cell.problem == "a rank keeps 36 GiB: not measured"
+
+
+def killed(*_: object) -> FileCell:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_cell_whose_process_is_killed_does_not_take_the_others_along() -> None:
+    found = list(step_ledger.alone(killed, [("m", "fsdp", 2), ("m", "fsdp", 4)], FileCell))
+    assert [cell.ranks for cell in found] == [2, 4]
+    assert all("was killed" in cell.problem for cell in found)
