@@ -52,14 +52,14 @@ def test_state_is_what_fake_tensors_hold(
     assert planned_state(strategy, world, shard_size, trunk) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("strategy", "trunk"),
     [
         # Not ddp, whose reducer wants a result that a group of nobody does not give.
         *[(name, "regnety_debug") for name in ("fsdp", "hsdp", "zero1", "zero2", "zero3")],
-        ("zero2", "regnety_1_6gf"),
-        ("zero3", "regnety_1_6gf"),
+        pytest.param("zero2", "regnety_1_6gf", marks=pytest.mark.slow),
+        pytest.param("zero3", "regnety_1_6gf", marks=pytest.mark.slow),
     ],
 )
 def test_state_is_what_the_engine_holds_on_rank_0_of_512(strategy: str, trunk: str) -> None:
