@@ -129,13 +129,11 @@ class Block(ResBottleneckBlock):  # type: ignore[misc]  # torchvision has no typ
         """[B, C, H, W] to [B, width, H / stride, W / stride], or a list of such to another."""
         several = x if isinstance(x, list) else [x]
         shortcuts = several if self.proj is None else layer_by_layer(self.proj, several)
-        found = several
-        for layers in (self.f.a, self.f.b, [self.f.se], self.f.c):
-            found = layer_by_layer(layers, found)
+        layers = (*self.f.a, *self.f.b, self.f.se, *self.f.c)
         # Added in place: no BatchNorm needs its own output in the backward pass.
         outputs = [
             self.activation(output.add_(shortcut))
-            for output, shortcut in zip(found, shortcuts, strict=True)
+            for output, shortcut in zip(layer_by_layer(layers, several), shortcuts, strict=True)
         ]
         return outputs if isinstance(x, list) else outputs[0]
 

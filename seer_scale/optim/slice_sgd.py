@@ -289,8 +289,8 @@ class SliceSGD(torch.optim.Optimizer):
             every = [each for group in self.param_groups for each in group["params"]]
             holders = every if on_host else [holder]
             likes = [local(each.detach()) for each in holders]
-            empty = pinned(likes) if on_host else [torch.empty_like(like) for like in likes]
-            for each, tensor in zip(holders, empty, strict=True):
+            memory = pinned(likes) if on_host else map(torch.empty_like, likes)
+            for each, tensor in zip(holders, memory, strict=True):
                 self.state[each][MOMENTUM] = tensor.zero_()
         momentum: Tensor = self.state[holder][MOMENTUM]
         return momentum

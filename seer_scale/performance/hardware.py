@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from seer_scale.config.schema import build
 from seer_scale.config.yaml_text import read_yaml
 from seer_scale.errors import ConfigError, did_you_mean
+from seer_scale.performance.processor import processor_field
 
 if TYPE_CHECKING:
     import torch
@@ -127,9 +128,7 @@ def device_name(device: torch.device) -> str:
         import torch  # here, because `--help` names the profiles
 
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.machine())
+    return processor_field("model name") or platform.machine()
 
 
 def load_hardware(name: str) -> Hardware:

@@ -1,4 +1,4 @@
-"""The instructions of this processor that decide which precision is fast on it."""
+"""What Linux says of this processor: its name, and the instructions that make a precision fast."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ def multiplies_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
     Args:
         cpuinfo: description of the processor by Linux; False where there is none.
     """
+    there = processor_field("flags", "Features", cpuinfo=cpuinfo).split()
+    return not set(BFLOAT16).isdisjoint(there)
+
+
+def processor_field(*names: str, cpuinfo: Path = CPUINFO) -> str:
+    """Reads a field of the first processor by one of its names; '' where there is none."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return not set(BFLOAT16).isdisjoint(flags.partition(":")[2].split())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")

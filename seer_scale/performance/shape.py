@@ -79,6 +79,11 @@ class Shape:
         """Number of all parameters."""
         return self.trunk + self.head + self.prototypes
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts in the order of the forward pass."""
+        return (self.stem, *self.blocks, self.top)
+
     @cached_property
     def tensors(self) -> tuple[int, ...]:
         """Number of elements of every parameter tensor."""

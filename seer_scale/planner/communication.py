@@ -134,11 +134,7 @@ def _weights(
     if layout.strategy == "hsdp":
         inner = group_of(layout.shards, layout.gpus_per_node)
         outer = Ranks(world.size // layout.shards, math.ceil(world.nodes / inner.nodes))
-    sizes = [
-        unit
-        for part in (shape.stem, *shape.blocks, shape.top)
-        for unit in part.unit_bytes(layout.sent_low)
-    ]
+    sizes = [unit for part in shape.parts for unit in part.unit_bytes(layout.sent_low)]
     gathered, units = float(sum(sizes)), len(sizes)
     found = [
         _split("sharding", "all_gather", gathered, units, inner, "forward", micro_batches),

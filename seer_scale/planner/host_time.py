@@ -43,7 +43,7 @@ def host_seconds(shape: Shape, layout: Layout, batch: Batch, recomputed: Collect
     micro_batch += len(batch.crop_sizes) * in_trunk * again
     tensors = len(shape.tensors)
     if layout.by_unit:
-        units = sum(len(part.units) for part in (shape.stem, *shape.blocks, shape.top))
+        units = sum(len(part.units) for part in shape.parts)
         micro_batch += units * (UNIT + layout.shards * RANK_OF_UNIT)
     elif layout.strategy == "zero":
         micro_batch += tensors * TENSOR.get(layout.zero.stage, 0.0)

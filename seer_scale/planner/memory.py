@@ -122,6 +122,6 @@ def _state(
     # One part's gradients at a time. Not under hsdp: FSDP2 keeps every unit's gradient, which its
     # all-reduce over the copies reads, until the backward pass has ended.
     if fuse_backward and layout.strategy != "hsdp":
-        most = max(part.whole for part in (shape.stem, *shape.blocks, shape.top))
+        most = max(part.whole for part in shape.parts)
         state = replace(state, gradients=FLOAT * most / shards)
     return state

@@ -57,7 +57,7 @@ class Moments:
         self._state, self._on_touch = state, on_touch
         self._zero, self._stage = layout.zero, layout.zero.stage
         self._alone = layout.world == 1
-        self._parts: list[Part] = [shape.stem, *shape.blocks, shape.top]
+        self._parts = shape.parts
         self._region_of = {block: region for region in regions for block in region}
 
     def fullest(self) -> Moment:

@@ -213,20 +213,20 @@ def planned_gathers(reuse: int | str, checkpointing: str) -> float:
 @pytest.mark.parametrize(
     ("reuse", "checkpointing", "passes"),
     [
-        # Once a pass: forward, backward, and before it recomputed.
-        (0, "none", 2),
-        (0, "full", 3),
+        # Once a pass: forward, backward, and before it recomputed. BatchNorm's few numbers come for
+        # each resolution.
+        (0, "none", 2.03),
+        (0, "full", 3.02),
         # Once forward, and once backward but for the last block, which stays.
         ("auto", "none", 2),
         ("auto", "full", 2),
     ],
 )
 def test_a_reuse_distance_of_three_blocks_gathers_a_block_once_a_pass(
-    distributed: Distributed, reuse: int | str, checkpointing: str, passes: int
+    distributed: Distributed, reuse: int | str, checkpointing: str, passes: float
 ) -> None:
     found = distributed(gathers, 2, reuse, checkpointing)[0]
-    # BatchNorm's few numbers come once for each resolution.
-    assert passes - 0.4 < found <= 1.02 * passes
+    assert passes - 0.4 < found <= passes
     assert planned_gathers(reuse, checkpointing) == pytest.approx(found, rel=0.05)
 
 
