@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,10 @@ def replace_by_pipe(path: Path) -> bytes:
     return data
 
 
-def feed(path: Path, data: bytes) -> None:
+def feed(path: Path, data: bytes, after_s: float = 0) -> None:
+    """Writes the image, `after_s` seconds after its reader has opened the pipe."""
     with path.open("wb") as pipe:
+        time.sleep(after_s)
         pipe.write(data)
 
 
@@ -75,9 +78,8 @@ def test_the_trainer_s_user_reads_its_name(
     made = a_pipeline(stalled.parents[1], 0.25)
     data = replace_by_pipe(stalled)
     with MicroBatchLoader(made, ahead) as batches:
-        feeder = threading.Timer(2.5, feed, (stalled, data))
-        feeder.start()
+        threading.Thread(target=feed, args=(stalled, data, 2.5), daemon=True).start()
         assert len(next(batches).sample_ids) == 4
     said = capfd.readouterr().err
     # On a busy machine another image may be slow as well, and named first.
-    assert re.search(rf"warning: rank 0 has been reading {stalled} for \d s: does its disk", said)
+    assert re.search(rf"warning: rank 0 has been reading {stalled} for \d+ s: does its disk", said)

@@ -28,6 +28,7 @@ from tests.evaluation.contexts import context
 PEAK = """
 import sys, torch
 from seer_scale.evaluation.logistic import predict_logistic
+torch.manual_seed(0)
 train, val, width, classes = map(int, sys.argv[1:])
 def fit(train, val, width, classes):
     parts = [torch.randn(n, width, dtype=torch.float64) for n in (train, val)]
@@ -85,7 +86,9 @@ def test_the_memory_that_is_counted_is_what_it_takes(shape: tuple[int, int, int,
         text=True,
         check=True,
     )
-    assert 0.8 < int(done.stdout) / bytes_needed(*shape) < 1.1
+    # A search on a line keeps up to 12 vectors, and fewer if its first step is good enough, which
+    # the last bits of a processor's products decide: 0.78 to 0.87 for the second shape.
+    assert 0.7 < int(done.stdout) / bytes_needed(*shape) < 1.1
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(
