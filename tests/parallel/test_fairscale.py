@@ -7,6 +7,7 @@ gradients, recomputation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,8 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.parity import Result, train
+from harness.parity import (
+    CROPS,
+    GPU_CASES,
+    LR,
+    Result,
+    build_engine,
+    configuration,
+    my_crops,
+    train,
+    whole_tensors,
+)
 from harness.pool import Distributed
+from seer_scale import distributed as ranks_of_run
+from seer_scale.objectives.swav import SwAV
+from seer_scale.optim.slice_sgd import apply_schedule
+from tests.train.runs import FACTORS, Factor
 
 STEPS = 12  # prototypes are frozen in the first five
 
@@ -70,3 +85,46 @@ def test_steps_are_those_of_ddp(distributed: Distributed, checkpointing: str) ->
         assert rank.tensors.keys() == plain.tensors.keys()
         for name, value in plain.tensors.items():
             assert torch.equal(rank.tensors[name], value), name
+
+
+def disturbed(checkpointing: str) -> list[tuple[float, bool, bool]]:
+    """Steps whose loss or gradient rank 1 disturbs; of each the norm, and which state moved.
+
+    The state is parameters, and momenta. The last step is undisturbed.
+    """
+    with one_stream():
+        config = configuration(GPU_CASES["fairscale"], checkpointing)
+        engine = build_engine(GPU_CASES["fairscale"], config, torch.device("cpu"))
+        parameters = [name for name, _ in engine.model.named_parameters()]
+        swav = SwAV(crops=sum(CROPS))
+        found = []
+        for step, (on_loss, on_gradient) in enumerate([*FACTORS.values(), (1.0, 1.0)]):
+            if ranks_of_run.rank() == 0:
+                on_loss, on_gradient = 1.0, 1.0
+            before = [whole_tensors(engine, kind) for kind in ("values", "momentum")]
+            apply_schedule(engine.param_groups, lr=LR)
+            embeddings, scores = engine(my_crops(step, torch.device("cpu")), None)
+            loss, _ = swav(embeddings, Factor.apply(scores, on_gradient))
+            engine.backward(loss * on_loss)
+            norm = engine.step()
+            assert norm is not None
+            after = [whole_tensors(engine, kind) for kind in ("values", "momentum")]
+            values, momenta = (
+                any(not torch.equal(old[name], new[name]) for name in parameters)
+                for old, new in zip(before, after, strict=True)
+            )
+            found.append((float(norm), values, momenta))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_nan_losses_and_nan_or_infinite_gradients_move_nothing(
+    distributed: Distributed, checkpointing: str
+) -> None:
+    pytest.importorskip("fairscale")
+    for steps in distributed(disturbed, 2, checkpointing):
+        assert [(math.isfinite(norm), *moved) for norm, *moved in steps] == [
+            *[(False, False, False)] * len(FACTORS),
+            (True, True, True),
+        ]

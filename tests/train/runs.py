@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ STRATEGIES = {
     "zero3": ZERO["zero3"],
 }
 
+# Step -> factor of rank 1's loss, and of the gradient that its loss passes on.
+FACTORS = {2: (math.nan, 1.0), 4: (1.0, math.nan), 6: (1.0, math.inf)}
 
-class _Factor(torch.autograd.Function):
+
+class Factor(torch.autograd.Function):
     """Leaves a value as it is, and multiplies its gradient."""
 
     @staticmethod
@@ -56,7 +60,7 @@ def disturbed_gradients(argv: list[str], factors: dict[int, tuple[float, float]]
         on_loss, on_gradient = factors.get(count, (1.0, 1.0))
         if distributed.rank() != 1:
             on_loss, on_gradient = 1.0, 1.0
-        loss, metrics = honest(self, embeddings, _Factor.apply(scores, on_gradient))
+        loss, metrics = honest(self, embeddings, Factor.apply(scores, on_gradient))
         return loss * on_loss, metrics
 
     SwAV.__call__ = call  # type: ignore[method-assign]

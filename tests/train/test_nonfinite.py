@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.jobs import arguments, lines
+from harness.jobs import ROOT, arguments, lines
 from harness.pool import Distributed
 from seer_scale.errors import UserError
 from seer_scale.train.spikes import WINDOW
 from tests.train.runs import (
     EVERY,
+    FACTORS,
     STRATEGIES,
     ZERO,
     disturbed,
@@ -64,8 +66,6 @@ MATRIX = {
     "hsdp": ["sharding.strategy=hsdp", "sharding.shard_size=1"],
     **ZERO,
 }
-# Step -> factor of rank 1's loss, and of the gradient that its loss passes on.
-FACTORS = {2: (math.nan, 1.0), 4: (1.0, math.nan), 6: (1.0, math.inf)}
 
 
 @pytest.mark.long
@@ -86,6 +86,46 @@ def test_nan_losses_and_nan_or_infinite_gradients_move_nothing(
     assert skipped == [1.0 if step in FACTORS else 0.0 for step in range(1, 8)]
     for step in range(2, 8):
         assert same(state(run_dir, step - 1), state(run_dir, step)) == (step in FACTORS), step
+
+
+def one_by_one(name: str, folder: Path) -> list[str]:
+    """Arguments of a run whose tensors step one by one."""
+    if name == "fsdp with fuse_backward":
+        return ["sharding.strategy=fsdp", "optim.fuse_backward=true"]
+    from seer_scale.parallel.zero import missing_for_nvme
+
+    if reason := missing_for_nvme():
+        pytest.skip(f"nvme: {reason}")
+    made = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    for section in ("offload_optimizer", "offload_param"):
+        made["zero_optimization"][section]["nvme_path"] = str(folder / "nvme")
+    made["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000
+    path = folder / "zero3_nvme.json"
+    path.write_text(json.dumps(made))
+    return ["--deepspeed_config", str(path)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("factors", FACTORS.values())
+@pytest.mark.parametrize("name", ["fsdp with fuse_backward", "nvme"])
+def test_where_tensors_step_one_by_one_the_first_ends_the_run(
+    distributed: Distributed,
+    images: Path,
+    tmp_path: Path,
+    name: str,
+    factors: tuple[float, float],
+) -> None:
+    """Some tensors have moved before anybody can know, so that no step can be taken back."""
+    run_dir = tmp_path / "run"
+    argv = arguments(images, run_dir, *EVERY, "train.steps=5", *one_by_one(name, tmp_path))
+    said = distributed(disturbed_gradients, 2, argv, {3: factors})
+    assert said[0] == said[1]
+    assert "of step 3 is" in said[0]
+    assert "1 in a row (train.max_nonfinite)" in said[0]
+    assert str(run_dir / "checkpoints" / "step_00000002") in said[0]
+    assert [line["step"] for line in lines(run_dir)][-1] == 2
+    assert [path.name for path in run_dir.glob("checkpoints/step_*")][-1] == "step_00000002"
+    assert all(bool(value.isfinite().all()) for value in state(run_dir, 2).values())
 
 
 def test_too_many_in_a_row_end_the_run_with_a_dump(
