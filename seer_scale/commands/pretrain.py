@@ -18,7 +18,7 @@ from seer_scale.config.batches import in_words
 from seer_scale.config.ds_config import ds_config_of
 from seer_scale.config.shipped import RECIPES
 from seer_scale.errors import REQUEUE_STATUS, UserError, exit_with
-from seer_scale.performance.cuda_allocator import let_segments_grow
+from seer_scale.performance.cuda_allocator import let_segments_grow, undo_if_unsupported
 from seer_scale.storage.disk_refusal import refusal
 from seer_scale.storage.ownership import owned
 
@@ -87,6 +87,8 @@ def _train(
     world_size: int,
 ) -> int:
     """Trains in a folder that rank 0 owns; returns the exit status."""
+    import torch
+
     from seer_scale import checkpoint, distributed
     from seer_scale.data import open_source
     from seer_scale.distributed import failure
@@ -109,6 +111,8 @@ def _train(
     for line in source.left_out.lines():
         tell(f"data.path: {line}")
 
+    if torch.cuda.is_available() and (reason := undo_if_unsupported(distributed.local_rank())):
+        warn(reason)
     # Longer than the watchdog's patience, which names the ranks that are missing.
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes), config.run.threads)
     if device.type == "cpu":
