@@ -102,6 +102,10 @@ class TorchEngine:
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps `model` for strategy `ddp`: each rank has the whole model; gradients are averaged."""
     on_gpu = device.type == "cuda"
+    if not on_gpu:
+        # A strided 1x1 convolution's gradient has other strides where a dimension is one: the same
+        # bytes in the same order, of which torch warns on every rank.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         # torch 2.14 has a new name for this argument, torch 2.11 only this one.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

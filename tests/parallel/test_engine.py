@@ -5,6 +5,9 @@ That every strategy equals a plain loop is tests/parallel/test_parity.py.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from harness.parity import (
     my_crops,
     whole_tensors,
 )
+from harness.jobs import ROOT
 from harness.pool import Distributed
 from seer_scale.objectives.swav import SwAV
 from seer_scale.optim.slice_sgd import apply_schedule
@@ -152,3 +156,26 @@ def test_batch_norm_counts_the_images_of_its_group(distributed: Distributed) -> 
     assert alone[0] != alone[1]
     both = torch.tensor(alone).mean(dim=0)
     torch.testing.assert_close(torch.tensor(together[0]), both)
+
+
+STRIDED = """
+import torch, torch.distributed as dist
+from seer_scale.parallel.torch_engine import wrap_ddp
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+conv = wrap_ddp(torch.nn.Conv2d(8, 16, 1, stride=2, bias=False), torch.device("cpu"))
+images = torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+conv(images.requires_grad_()).sum().backward()
+"""
+
+
+def test_ddp_does_not_warn_of_strides_that_say_nothing() -> None:
+    """In a process of its own: torch warns once in each."""
+    done = subprocess.run(
+        [sys.executable, "-c", STRIDED],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "stride" not in done.stderr
