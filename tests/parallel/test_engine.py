@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.jobs import ROOT
 from harness.parity import (
     CASES,
     CROPS,
@@ -24,7 +25,6 @@ from harness.parity import (
     my_crops,
     whole_tensors,
 )
-from harness.jobs import ROOT
 from harness.pool import Distributed
 from seer_scale.objectives.swav import SwAV
 from seer_scale.optim.slice_sgd import apply_schedule
