@@ -112,8 +112,8 @@ rg10b-plan: $(READY)  ## RG-10B on 64 ranks, on paper and rank by rank: no GPU n
 gpu-10b: $(READY)  ## three steps of RG-10B on one GPU of 130 GiB, or of 80 GB (BATCH=16)
 	$(BIN)/python benchmarks/gpu_10b.py --batch $(BATCH)
 
-gpu-check: $(READY)  ## what only GPUs can show, then the parity matrix on them; 30 minutes
-	$(BIN)/python benchmarks/gpu_check.py
+gpu-check: $(READY)  ## what only GPUs can show, then the parity matrix on them (MINUTES=30)
+	$(BIN)/python benchmarks/gpu_check.py --minutes $(or $(MINUTES),30)
 
 bench: $(READY)  ## a step and its parts beside what people would otherwise use: docs/performance.md
 	$(BIN)/python benchmarks/bench.py --write

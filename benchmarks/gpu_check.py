@@ -8,9 +8,9 @@ steps that must not count, timeouts; each group of them ends within five minutes
 
 Cases and plain loop of the matrix are those of harness/parity.py: every strategy against plain
 torch on the same GPU; low precision is compared with the same loop in float32. One process per GPU,
-nccl; one GPU is enough, and what needs more is skipped with the reason. One line per case; nothing
-starts after `--minutes`. On a machine without a GPU it says so and ends. Results go into
-benchmarks/results/.
+nccl; one GPU is enough, and what needs more is skipped with the reason. One line per case; what is
+not done after `--minutes` is skipped (`make gpu-check MINUTES=10`). On a machine
+without a GPU it says so and ends. Results go into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ COMMAND = "make gpu-check"
 SECONDS = 1500  # per case with all variants; offload to NVMe takes minutes
 EXTRA_SECONDS = 300
 BUDGET_MINUTES = 30.0
+NO_END = "no end after"
 # Largest relative difference of a step's loss and, in float32, of parameters and buffers too.
 # fp32: sums in another order, as on CPU. Low precision: CPU runs differ by 0.002 (bf16); a loss
 # scale that starts too high skips the first steps.
@@ -95,14 +96,21 @@ def check(
     began = time.monotonic()
     for kinds in groups:
         waiting = list(kinds)
-        if time.monotonic() - began > 60 * minutes:
-            rows += [Row(each, "skipped", f"no time left of {minutes:g} minutes") for each in kinds]
-            print(f"{'skipped':8}{kinds[0].case}: no time left of {minutes:g} minutes", flush=True)
-            continue
+        own = EXTRA_SECONDS if kinds[0].case in EXTRAS else SECONDS
         while waiting:
-            done, trouble = launch(waiting, ranks, device=device, steps=steps)
+            left = began + 60 * minutes - time.monotonic()
+            if left <= 0:
+                why = f"no time left of {minutes:g} minutes"
+                print(f"{'skipped':8}{waiting[0].case}: {why}", flush=True)
+                rows += [Row(each, "skipped", why) for each in waiting]
+                break
+            limit = min(own, left)
+            done, trouble = launch(waiting, ranks, device=device, steps=steps, limit=limit)
             del waiting[: len(done)]
-            if waiting:  # the ranks are gone: new ranks train the other variants
+            cut_short = limit < own and (trouble or "").startswith(NO_END)
+            if cut_short:
+                pass  # skipped by the next turn
+            elif waiting:  # the ranks are gone: new ones train the other variants
                 done.append(Row(waiting.pop(0), "failed", trouble or "it ended without a result"))
             elif trouble:
                 done[-1] = replace(done[-1], status="failed", why=trouble)
@@ -113,9 +121,9 @@ def check(
 
 
 def launch(
-    waiting: list[Variant], ranks: int, *, device: str, steps: int
+    waiting: list[Variant], ranks: int, *, device: str, steps: int, limit: float
 ) -> tuple[list[Row], str | None]:
-    """Rows of the variants that ended, and the error that stopped the next one, if any."""
+    """Rows of the variants that ended in `limit` seconds, and what stopped the next one, if any."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port, path = probe.getsockname()[1], Path(folder) / "rows.jsonl"
@@ -125,12 +133,11 @@ def launch(
         context = start_processes(  # type: ignore[no-untyped-call]
             work, (ranks, port, waiting, device, steps, path), nprocs=ranks, join=False
         )
-        limit = EXTRA_SECONDS if waiting[0].case in EXTRAS else SECONDS
         deadline = time.monotonic() + limit
         try:
             while not context.join(timeout=max(0.1, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
-                    trouble = f"no end after {limit} s"
+                    trouble = f"{NO_END} {limit:.0f} s"
                     break
         except (ProcessRaisedException, ProcessExitedException) as error:
             trouble = str(error).strip()

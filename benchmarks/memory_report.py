@@ -23,9 +23,10 @@ of the second step are complete and the optimizer has not stepped. The formula i
 
 - ZeRO steps masters of its own and copies them into the parameters, so at stages 1 to 3 a float32
   value is there twice. That is why FSDP holds less than stage 3.
-- DeepSpeed's stage 2 keeps the whole gradient of a tensor that reaches into a rank's partition,
-  which with one parameter group per tensor is every tensor. `parallel/zero.py` switches on its
-  buffer for the partition alone.
+- DeepSpeed's stages 1 and 2 keep the whole gradient of a tensor that reaches into a rank's
+  partition. `parallel/zero.py` switches on their buffer for the partition alone. Stage 1 differs
+  from stage 2 only with gradient accumulation: it reduces whole gradients once, after the last
+  micro-batch.
 - Stage 3 keeps tensors of up to `stage3_param_persistence_threshold` elements (1e5) whole, beside
   its slices of them, and a bucket of `reduce_bucket_size` (5e7 elements) at all times.
 - Within the passes there is more: the units gathered at the time, buckets under way.

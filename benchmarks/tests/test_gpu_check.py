@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import torch
@@ -114,6 +115,24 @@ def test_nothing_starts_after_the_time_is_up(capsys: pytest.CaptureFixture[str])
     assert {row.why for row in rows} == {"no time left of -1 minutes"}
     assert report(rows) == 1  # nothing was checked
     assert "skipped skip fsdp, NaN loss: no time left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("minutes", "status", "why"),
+    [
+        (0.02, "skipped", "no time left of 0.02 minutes"),
+        (5.0, "failed", "no end after 2 s"),
+    ],
+)
+def test_what_has_not_ended_when_the_time_is_up_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, minutes: float, status: str, why: str
+) -> None:
+    """And what has not ended in its own time has failed."""
+    monkeypatch.setattr(gpu_check, "SECONDS", 2)
+    began = time.monotonic()
+    (row,) = check([[Variant("ddp")]], 1, device="cpu", steps=2, minutes=minutes)
+    assert (row.status, row.why) == (status, why)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from seer_scale.config.batches import in_words
 from seer_scale.config.ds_config import ds_config_of
 from seer_scale.config.shipped import RECIPES
 from seer_scale.errors import REQUEUE_STATUS, UserError, exit_with
-from seer_scale.performance.cuda_allocator import let_segments_grow, undo_if_unsupported
+from seer_scale.performance.cuda_allocator import let_segments_grow
 from seer_scale.storage.disk_refusal import refusal
 from seer_scale.storage.ownership import owned
 
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     ds_config = ds_config_of(config, world_size)  # before torch: a mistake is answered at once
     let_segments_grow()
-    _warn_of_unused_gpus()
+    _start_gpu()
     _check(config, ds_config, world_size)
     if arguments.dry_run:
         return _describe(arguments, world_size) if is_main else 0
@@ -40,11 +40,11 @@ def run(argv: list[str]) -> int:
         return _train(argv, arguments, ds_config, world_size)
 
 
-def _warn_of_unused_gpus() -> None:
-    """Warns, once a node, that the run will be on the CPU although there are GPUs."""
-    from seer_scale.distributed.gpus import unused_gpus
+def _start_gpu() -> None:
+    """Warns of GPUs that cannot be used, or not as planned."""
+    from seer_scale.performance.gpu_start import start_gpu
 
-    if (reason := unused_gpus()) and os.environ.get("LOCAL_RANK", "0") == "0":
+    if reason := start_gpu():
         warn(reason)
 
 
@@ -87,8 +87,6 @@ def _train(
     world_size: int,
 ) -> int:
     """Trains in a folder that rank 0 owns; returns the exit status."""
-    import torch
-
     from seer_scale import checkpoint, distributed
     from seer_scale.data import open_source
     from seer_scale.distributed import failure
@@ -111,8 +109,6 @@ def _train(
     for line in source.left_out.lines():
         tell(f"data.path: {line}")
 
-    if torch.cuda.is_available() and (reason := undo_if_unsupported(distributed.local_rank())):
-        warn(reason)
     # Longer than the watchdog's patience, which names the ranks that are missing.
     device = distributed.init(max(30.0, 2 * config.run.hang_minutes), config.run.threads)
     if device.type == "cpu":

@@ -35,7 +35,7 @@ def init(timeout_minutes: float = 30.0, threads: int | None = None) -> torch.dev
 
     Args:
         timeout_minutes: time that a collective may take, in this and every later process group.
-        threads: threads of a rank on a CPU; None means `threads_of_a_rank()`.
+        threads: CPU threads of a rank; None means `threads_of_a_rank()`.
 
     Returns:
         this rank's device.
@@ -48,7 +48,8 @@ def init(timeout_minutes: float = 30.0, threads: int | None = None) -> torch.dev
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif count := threads or threads_of_a_rank():
+    # On a GPU too: offloaded momentum and the kNN of an evaluation are the host's work.
+    if count := threads or threads_of_a_rank():
         torch.set_num_threads(count)
     timeout = timedelta(minutes=timeout_minutes)
     _give_to_later_groups(timeout)

@@ -28,8 +28,8 @@ def unused_gpus() -> str | None:
         if "Found no NVIDIA driver" in said or "No CUDA GPUs are available" in said:
             return None
         return (
-            f"torch cannot use this machine's GPUs ({said}), so the run trains on the CPU: update "
-            f"the driver, or install a torch that is made for it (this one: CUDA "
+            f"torch cannot use this machine's GPUs ({said}), so the CPU computes everything: "
+            f"update the driver, or install a torch that is made for it (this one: CUDA "
             f"{torch.version.cuda})"
         )
     return None

@@ -26,6 +26,8 @@ from seer_scale.evaluation.options import TaskOptions
 from seer_scale.evaluation.report import keep_in_run, log_report, write_report
 from seer_scale.evaluation.task import Context, Result
 from seer_scale.models import build_trunk, initialise
+from seer_scale.performance.cuda_allocator import let_segments_grow
+from seer_scale.performance.gpu_start import start_gpu
 from seer_scale.serving import versions
 from seer_scale.storage.disk_refusal import refusal
 from seer_scale.storage.ownership import owned
@@ -75,6 +77,9 @@ def evaluate(request: Request) -> None:
 
 
 def _evaluate(request: Request, held: ExitStack) -> None:
+    let_segments_grow()
+    if reason := start_gpu():
+        print(f"warning: {reason}", file=sys.stderr, flush=True)
     # With more threads convolutions add in another order, so that the last bits of features would
     # depend on the number of processes. One process per core uses all cores.
     threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1

@@ -67,6 +67,9 @@ def fused_update_(
 ) -> None:
     """Computes `update_` in three calls for all tensors, for a GPU; for momentum 0, m is not used.
 
+    The first two calls are two small kernels a tensor inside: torch joins only lists of equal
+    shapes into one, and a factor is one number beside a tensor.
+
     On a CPU the rounding of torch's fused step depends on the place of an element in the tensor, so
     that shards would differ from the whole tensor in the last bit.
     """

@@ -192,6 +192,10 @@ class ZeroEngine:
         if last and self._stage > 0 and self._offload != "nvme":
             self._reduce_norms()
         self._engine.step()
+        if last and self._stage == 3 and torch.cuda.is_available():
+            # DeepSpeed gathers on a stream of its own, which does not wait for the update. The
+            # gathers one by one that it made here ended in such a wait of the host.
+            torch.cuda.current_stream().synchronize()
         if last and self._persistent:
             self._persistent[0].all_gather_coalesced(self._persistent).wait()
         return self._optimizer.take_grad_norm() if last else None

@@ -170,18 +170,21 @@ def _zero_weights(
             # The stepped parameters, group by group of joined tensors.
             _split("sharding", "all_gather", whole, groups, world, "waiting"),
         ]
-    cut = [
+    tensors = [
         (size, layout.sent_low if low else FLOAT)
         for size, low in zip(shape.tensors, shape.low_tensors, strict=True)
-        if size > zero.persistent
     ]
-    shared, fetches = float(sum(size * width for size, width in cut)), max(1, len(cut))
-    kept = float(FLOAT * (shape.total - sum(size for size, _ in cut)))
+    cut = [size * width for size, width in tensors if size > zero.persistent]
+    shared, fetches = float(sum(cut)), max(1, len(cut))
+    small = {FLOAT: 0.0, layout.sent_low: 0.0}  # kept whole; gathered once for each type
+    for size, width in tensors:
+        if size <= zero.persistent:
+            small[width] += size * width
     backward = _gathers_backward(shape, zero, recomputed)
     return [
         _split("gradients", "reduce_scatter", whole, buckets, world, hidden, micro_batches),
         _split("sharding", "all_gather", shared, fetches, world, "forward", micro_batches),
-        _split("sharding", "all_gather", kept, 1, world, "waiting"),
+        _split("sharding", "all_gather", sum(small.values()), len(small), world, "waiting"),
         _split(
             "sharding", "all_gather", backward * shared, fetches, world, "backward", micro_batches
         ),

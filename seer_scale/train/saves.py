@@ -239,8 +239,11 @@ class Saves:
         """
         if not self._settings.log_models:
             return False
-        if (saved.folder / "trunk" / WEIGHTS).stat().st_size <= SMALL_TRUNK_BYTES:
-            return True
+        try:
+            if (saved.folder / "trunk" / WEIGHTS).stat().st_size <= SMALL_TRUNK_BYTES:
+                return True
+        except FileNotFoundError:
+            return False  # with checkpoint.keep=1 the save after it has pruned it already
         every, step = self._settings.keep_every, saved.step
         kept = every is not None and step % every == 0
         return kept or self.evaluation_due(step) or step == self._settings.last_step

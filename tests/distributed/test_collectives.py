@@ -280,6 +280,29 @@ distributed.shutdown()
 """
 
 
+ON_A_GPU = """
+import torch
+from seer_scale import distributed
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda device: print(device)
+torch.distributed.is_nccl_available = lambda: False
+distributed.init(threads=3)
+print(torch.get_num_threads())
+"""
+
+
+def test_a_rank_with_a_gpu_has_its_threads_too() -> None:
+    """For what the host computes: offloaded momentum, the kNN of an evaluation."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_GPU],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.split() == ["cuda:0", "3"]
+
+
 @pytest.mark.long
 @pytest.mark.launch
 @pytest.mark.parametrize("threads", [None, 3])

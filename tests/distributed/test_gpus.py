@@ -24,11 +24,11 @@ TOO_OLD = (
     [
         (
             TOO_OLD,
-            "(The NVIDIA driver on your system is too old (found version 11040)), so the run",
+            "(The NVIDIA driver on your system is too old (found version 11040)), so the CPU",
         ),
         (
             "Unexpected error from cudaGetDeviceCount(). Did you run\nsome cuda functions before",
-            "(Unexpected error from cudaGetDeviceCount()), so the run trains on the CPU",
+            "(Unexpected error from cudaGetDeviceCount()), so the CPU computes everything",
         ),
         ("Found no NVIDIA driver on your system. Please check that you have a GPU", None),
         ("No CUDA GPUs are available", None),

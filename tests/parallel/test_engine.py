@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,3 +180,42 @@ def test_ddp_does_not_warn_of_strides_that_say_nothing() -> None:
         check=True,
     )
     assert "stride" not in done.stderr
+
+
+def order_after_the_update(name: str) -> list[str]:
+    """What a step of this rank does last, as on a GPU: its update, waits, and gathers."""
+    engine: Any = build_engine(CASES[name], configuration(CASES[name]), CPU)
+    apply_schedule(engine.param_groups, lr=LR)
+    loss, _ = SwAV(crops=sum(CROPS))(*engine(my_crops(0, CPU), None))
+    engine.backward(loss)
+    done: list[str] = []
+
+    def noting(what: str, function: Any = lambda *_: None) -> Any:
+        def noted(*args: Any, **more: Any) -> Any:
+            done.append(what)
+            return function(*args, **more)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._engine, "step", noting("update", engine._engine.step))
+        if engine._persistent:
+            first = engine._persistent[0]
+            first.all_gather_coalesced = noting("gather", first.all_gather_coalesced)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(
+            torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=noting("wait"))
+        )
+        engine.step()
+    return done
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("zero3", ["update", "wait", "gather"]), ("zero2", ["update"])],
+)
+def test_stage_3_gathers_what_has_been_updated(
+    distributed: Distributed, name: str, order: list[str]
+) -> None:
+    """DeepSpeed gathers on another stream of the GPU, which does not wait for the update."""
+    assert distributed(order_after_the_update, 2, name) == [order] * 2

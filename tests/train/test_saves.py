@@ -71,6 +71,23 @@ def test_large_trunks_are_registered_where_somebody_looks_at_them(
     assert registered == ([3, 6, 7] if evaluate_every is None else [3, 4, 6, 7])
 
 
+def test_a_checkpoint_that_the_next_save_has_pruned_is_no_model(tmp_path: Path) -> None:
+    """The run leaves while a save is under way: both are settled at its end."""
+    config, tracker, said = settings(tmp_path), Tracker(tmp_path), list[str]()
+    config = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"keep": 1})}
+    )
+    engine = build_engine(config)[0]
+    saves = build.saves_of(config, tracker, None, said.append)
+    for step in (1, 2):
+        saves.start(TrainState(step=step), engine, {}, urgent=True, leaving=step == 2)
+    assert saves.finish() is None
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
+    events = [event.fields for event in read_events(tracker.folder / SPOOL, 0)]
+    assert [fields["step"] for fields in events if fields["kind"] == "model"] == [2]
+    assert said == []
+
+
 @pytest.mark.parametrize(("leaving", "seconds"), [(False, math.inf), (True, 5.0)])
 def test_a_run_that_leaves_gives_the_trunk_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaving: bool, seconds: float
