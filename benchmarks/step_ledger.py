@@ -95,11 +95,16 @@ class Cell:
 
 
 def configuration(model: str, strategy: str, ranks: int, way: Way) -> RunConfig:
-    """Configures a cell: a recipe as it is, or a trunk under SwAV's recipe with small crops."""
+    """Configures a cell: a recipe as it is, or a trunk under SwAV's recipe with small crops.
+
+    `TRUNK:PRECISION` is a trunk in another precision than float32.
+    """
     arguments = engines.arguments_of(strategy, min(NODE, ranks))
     if model not in MODELS[1:]:
         small = engines.TINY if way == "cpu" else ()
-        return engines.configuration(*arguments, *small, f"model.trunk={model}")
+        trunk, _, precision = model.partition(":")
+        more = (*arguments, *small, f"model.trunk={trunk}")
+        return engines.configuration(*more, precision=precision or "fp32")
     return parse(
         ["--recipe", model, *arguments], recipes=ROOT / "launch" / "recipes", ranks=ranks
     ).config
