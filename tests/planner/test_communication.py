@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,22 @@ def test_what_runs_in_16_bit_is_gathered_in_16_bit(strategy: str, precision: str
     rel = 4e-3 if strategy == "zero3" else 1e-9
     assert found["sharding"] == pytest.approx(times * half * 63 / 64, rel=rel)
     assert found["gradients"] == pytest.approx(WHOLE * 63 / 64)
+
+
+@pytest.mark.parametrize(("sent_low", "gathers"), [(4, 1), (2, 2)])
+def test_what_stage_3_keeps_whole_is_gathered_once_for_each_type(
+    sent_low: int, gathers: int
+) -> None:
+    shape = shape_of(Model("regnety_debug", (32, 16), False, 16), 0)
+    zero = replace(Zero.read({}), stage=3, persistent=10**9)
+    layout = Layout("zero", 8, 8, 64, 0, True, 1, zero, sent_low=sent_low)
+    batch = Batch(4, 1, (64, 32), (2, 4), "bf16")
+    found = messages(shape, layout, batch, prototypes=16, sinkhorn=None)
+    (kept,) = [m for m in found if m.kind == "sharding" and m.size]
+    low = sum(size for size, is_low in zip(shape.tensors, shape.low_tensors, strict=True) if is_low)
+    assert 0.9 < low / shape.total < 1
+    assert kept.count * kept.size == sent_low * low + 4 * (shape.total - low)
+    assert (kept.count, kept.when) == (gathers, "waiting")
 
 
 def test_a_compiled_run_gathers_float32() -> None:
