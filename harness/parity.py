@@ -231,7 +231,8 @@ def build_engine(
     case: Case, config: RunConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Engine:
     """Builds the engine of a case on this rank; every rank calls it."""
-    nvme = dist.broadcast_object(tempfile.mkdtemp(prefix="nvme"))
+    makes = dist.is_main() and "nvme" in str(case.zero)
+    nvme = dist.broadcast_object(tempfile.mkdtemp(prefix="nvme") if makes else "")
     zero = ds_config(case, config, nvme)
 
     def of_type(where: torch.device) -> MultiCropModel:
