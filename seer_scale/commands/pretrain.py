@@ -31,10 +31,16 @@ def run(argv: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     ds_config = ds_config_of(config, world_size)  # before torch: a mistake is answered at once
     let_segments_grow()
-    _start_gpu()
+    import torch  # after what it reads has been set
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        _start_gpu()  # says why, before a check refuses what a CPU cannot do
     _check(config, ds_config, world_size)
     if arguments.dry_run:
         return _describe(arguments, world_size) if is_main else 0
+    if cuda:
+        _start_gpu()  # takes memory there: after every check, and not for a dry run
     run_dir = config.run.dir
     with owned(Path(run_dir), f"run.dir={run_dir}", lost=_lost) if is_main else nullcontext():
         return _train(argv, arguments, ds_config, world_size)

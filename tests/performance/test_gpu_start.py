@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,28 +44,47 @@ def test_the_first_rank_of_a_node_warns(
 
 
 PROGRAM = """
-import sys
+import sys, torch
 from seer_scale.performance import gpu_start
+torch.cuda.is_available = lambda: CUDA
 gpu_start.start_gpu = lambda: "its GPU is odd"
 from seer_scale.commands.COMMAND import main
 main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments"),
-    [
-        ("pretrain", ["--recipe", "debug", "data.path=no", "run.dir=no", "--dry-run"]),
-        ("evaluate", ["knn", "--model", "no", "--data", "no"]),
-    ],
-)
-def test_trainings_and_evaluations_begin_with_it(command: str, arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("COMMAND", command), *arguments],
+TRAIN = ["--recipe", "debug", "data.path=no"]  # no images are there
+DRY = [*TRAIN, "run.dir=no", "--dry-run"]
+
+
+def said_by(command: str, arguments: list[str], *, cuda: bool) -> str:
+    """Standard error of a command whose GPU is odd."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            PROGRAM.replace("COMMAND", command).replace("CUDA", str(cuda)),
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
-    )
-    assert "warning: its GPU is odd\n" in done.stderr
+    ).stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("pretrain", DRY), ("evaluate", ["knn", "--model", "no", "--data", "no"])],
+)
+def test_trainings_and_evaluations_begin_with_it(command: str, arguments: list[str]) -> None:
+    assert "warning: its GPU is odd\n" in said_by(command, arguments, cuda=False)
+
+
+def test_a_training_uses_a_gpu_after_every_check_and_a_dry_run_does_not(tmp_path: Path) -> None:
+    assert "odd" not in said_by("pretrain", DRY, cuda=True)
+    run = [*TRAIN, f"run.dir={tmp_path}"]
+    assert "warning: its GPU is odd\n" in said_by("pretrain", run, cuda=True)
+    refused = said_by("pretrain", [*run, "objective.temperature=-1"], cuda=True)
+    assert "objective.temperature" in refused
+    assert "odd" not in refused
