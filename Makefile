@@ -7,6 +7,7 @@ LOCK ?= requirements.lock
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 BATCH ?= 16
+MINUTES ?= 30
 # Processes that run tests, or that `make mutants` plants mistakes in, at the same time.
 JOBS ?= 2
 # Settings of the tests: more threads than cores make multi-process tests slower.
@@ -113,7 +114,7 @@ gpu-10b: $(READY)  ## three steps of RG-10B on one GPU of 130 GiB, or of 80 GB (
 	$(BIN)/python benchmarks/gpu_10b.py --batch $(BATCH)
 
 gpu-check: $(READY)  ## what only GPUs can show, then the parity matrix on them (MINUTES=30)
-	$(BIN)/python benchmarks/gpu_check.py --minutes $(or $(MINUTES),30)
+	$(BIN)/python benchmarks/gpu_check.py --minutes $(MINUTES)
 
 bench: $(READY)  ## a step and its parts beside what people would otherwise use: docs/performance.md
 	$(BIN)/python benchmarks/bench.py --write

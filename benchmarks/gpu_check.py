@@ -9,8 +9,8 @@ steps that must not count, timeouts; each group of them ends within five minutes
 Cases and plain loop of the matrix are those of harness/parity.py: every strategy against plain
 torch on the same GPU; low precision is compared with the same loop in float32. One process per GPU,
 nccl; one GPU is enough, and what needs more is skipped with the reason. One line per case; what is
-not done after `--minutes` is skipped (`make gpu-check MINUTES=10`). On a machine
-without a GPU it says so and ends. Results go into benchmarks/results/.
+not done after `--minutes` is skipped (`make gpu-check MINUTES=10`). On a machine without a GPU it
+says so and ends. Results go into benchmarks/results/.
 """
 
 from __future__ import annotations
