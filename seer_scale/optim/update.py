@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -47,8 +49,9 @@ def update_(
         return
     if skipped:  # on the host, so that reading it waits for nothing
         return
-    for value, grad, velocity, a, b in zip(values, grads, momenta, on_grad, on_value, strict=True):
-        for p, g, m in zip(_chunks(value), _chunks(grad), _chunks(velocity), strict=True):
+    most = CHUNK * torch.get_num_threads()
+    for *tensors, a, b in zip(values, grads, momenta, on_grad, on_value, strict=True):
+        for p, g, m in zip(*(_chunks(tensor, most) for tensor in tensors), strict=True):
             g.mul_(a).addcmul_(p, b)
             m.mul_(momentum).add_(g)
             p.add_(g.add_(m, alpha=momentum) if nesterov else m, alpha=-lr)
@@ -115,5 +118,6 @@ def wide_norms(tensors: list[Tensor]) -> list[Tensor]:
     return norms
 
 
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(tensor, CHUNK * torch.get_num_threads())
+def _chunks(tensor: Tensor, most: int) -> Sequence[Tensor]:
+    # Most tensors are small, and a split takes longer than the operations on one.
+    return (tensor,) if len(tensor) <= most else torch.split(tensor, most)

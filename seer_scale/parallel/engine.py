@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seer_scale import distributed
+from seer_scale.config.ds_config import offload_device
 from seer_scale.models import OnTrunk, align_channels, paddings_of
 from seer_scale.optim.filling import fill
 from seer_scale.optim.loss_scale import LossScale
@@ -258,11 +259,13 @@ def _zero(
     device: torch.device,
     low: torch.dtype | None,
 ) -> Engine:
-    from seer_scale.parallel.zero import ZeroEngine, fill_partitioned, gather_as
+    from seer_scale.parallel.zero import ZeroEngine, compile_for_nvme, fill_partitioned, gather_as
 
     blocks = (sum(p.numel() for p in b.parameters()) for stage in model.blocks() for b in stage)
     zero = with_limits(ds_config["zero_optimization"], max(blocks))
     ds_config = {**ds_config, "zero_optimization": zero}
+    if "nvme" in (offload_device(zero, key) for key in ("offload_optimizer", "offload_param")):
+        compile_for_nvme()
     if zero["stage"] == 3:
         fill_partitioned(model, values, ds_config, device)
         if low is not None:

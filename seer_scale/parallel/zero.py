@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -24,7 +26,13 @@ from seer_scale.optim.loss_scale import LossScale
 from seer_scale.optim.slice_sgd import SliceSGD
 from seer_scale.optim.slices import Slice, Values
 from seer_scale.parallel.zero_calls import add_up_calls, forget_calls
-from seer_scale.parallel.zero_collectives import reduce_scatter_mean, whole_tensors
+from seer_scale.parallel.zero_collectives import reduce_scatter_mean, wait_for_gathered
+
+SILENT_SECONDS = 10.0  # that a start may take without a word
+COMPILING = (
+    "offload to nvme: DeepSpeed compiles its asynchronous file access for this machine; the first "
+    "start takes some minutes longer"
+)
 
 
 def _deepspeed() -> Any:
@@ -40,7 +48,7 @@ def _deepspeed() -> Any:
     if stage3.reduce_scatter_coalesced is not reduce_scatter_mean:
         stage3.reduce_scatter_coalesced = reduce_scatter_mean
         original = gathering.wait
-        gathering.wait = lambda handle, handle_dependency=True: _wait_for_gathered(
+        gathering.wait = lambda handle, handle_dependency=True: wait_for_gathered(
             original, handle, handle_dependency
         )
     logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not its own
@@ -54,26 +62,6 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _wait_for_gathered(original: Any, handle: Any, handle_dependency: bool = True) -> None:
-    """Stands in for `AllGatherCoalescedHandle.wait`, which cuts in Python for every rank."""
-    if handle.complete or handle.quantization or handle.use_secondary_tensor:
-        original(handle, handle_dependency)
-        return
-    handle.allgather_handle.wait()
-    first = handle.partitions[0]  # the partitions follow each other in one tensor
-    rows = first.as_strided((handle.world_size, len(first)), (len(first), 1))
-    wholes = whole_tensors(rows, [parameter.ds_shape for parameter in handle.params])
-    for parameter, whole in zip(handle.params, wholes, strict=True):
-        parameter.data = whole.to(parameter.ds_tensor.dtype)
-        parameter.ds_status = type(parameter.ds_status).AVAILABLE
-    handle.complete = True
-    if rows.is_cuda:
-        if handle_dependency:
-            rows.record_stream(torch.cuda.current_stream())
-        else:
-            handle.data_buffer.append([rows])  # until DeepSpeed has waited
-
-
 def missing_for_nvme() -> str | None:
     """Reason why DeepSpeed cannot offload to NVMe here, as part of a sentence; None if it can."""
     _deepspeed()
@@ -81,7 +69,24 @@ def missing_for_nvme() -> str | None:
 
     if AsyncIOBuilder().is_compatible(verbose=False):
         return None
-    return "DeepSpeed's asynchronous file access needs libaio and its headers (Debian: libaio-dev)"
+    return (
+        "DeepSpeed's asynchronous file access needs a C++ compiler and the headers of libaio "
+        "(Debian: g++, libaio-dev)"
+    )
+
+
+def compile_for_nvme() -> None:
+    """Compiles DeepSpeed's asynchronous file access, once on a machine; rank 0 says so if slow."""
+    _deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    said = threading.Timer(SILENT_SECONDS, print, [COMPILING], {"file": sys.stderr, "flush": True})
+    if distributed.is_main():
+        said.start()
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    finally:
+        said.cancel()
 
 
 def fill_partitioned(

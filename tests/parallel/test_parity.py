@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.nvme import COMPILING_SECONDS, prepare_nvme
 from harness.parity import (
     CASES,
     STEPS,
@@ -112,15 +113,12 @@ def fused_training(name: str) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(COMPILING_SECONDS + 1600)
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("name", CASES)
 def test_whole_matrix(distributed: Distributed, name: str, checkpointing: str) -> None:
     if name == "zero3+nvme":
-        from seer_scale.parallel.zero import missing_for_nvme
-
-        if reason := missing_for_nvme():
-            pytest.skip(reason)
+        prepare_nvme()
     ranks = distributed(train, CASES[name].world_size, name, checkpointing)
     assert_like_the_plain_loop(ranks[0])
 

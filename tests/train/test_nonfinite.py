@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness.jobs import ROOT, arguments, lines
+from harness.nvme import COMPILING_SECONDS, prepare_nvme
 from harness.pool import Distributed
 from seer_scale.checkpoint import list_checkpoints
 from seer_scale.errors import UserError
@@ -93,10 +94,7 @@ def one_by_one(name: str, folder: Path) -> list[str]:
     """Arguments of a run whose tensors step one by one."""
     if name == "fsdp with fuse_backward":
         return ["sharding.strategy=fsdp", "optim.fuse_backward=true"]
-    from seer_scale.parallel.zero import missing_for_nvme
-
-    if reason := missing_for_nvme():
-        pytest.skip(f"nvme: {reason}")
+    prepare_nvme()
     made = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
     for section in ("offload_optimizer", "offload_param"):
         made["zero_optimization"][section]["nvme_path"] = str(folder / "nvme")
@@ -107,6 +105,7 @@ def one_by_one(name: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(COMPILING_SECONDS + 300)
 @pytest.mark.parametrize("factors", FACTORS.values())
 @pytest.mark.parametrize("name", ["fsdp with fuse_backward", "nvme"])
 def test_where_tensors_step_one_by_one_the_first_ends_the_run(
