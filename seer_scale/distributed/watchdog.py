@@ -6,8 +6,10 @@ the places of the others. A rank that is a step or a phase behind, or has writte
 while, is missing. The store answers without any collective. A run of one rank is watched too: its
 loader, save or evaluation may wait for a disk that never answers.
 
-A rank that stands still for much longer than it did before, in the same phase, is only a warning: a
-shared disk may be away for minutes and come back, and the ranks that wait for it cannot know.
+A rank that stands still for much longer than it did before, in the same phase, is a warning at
+first: a shared disk may be away for minutes and come back. Where every rank stands in a phase that
+waits for other ranks only, nothing can come back, and the run ends at a limit learned from what it
+has seen.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ STORE_S = 15.0  # seconds that the store may take to answer
 # A phase is unusually long after so many times the median of the last ones and a margin. Before it
 # has been seen so often nothing is usual: first steps compile, and first saves make folders.
 UNUSUAL, MARGIN_S, SEEN = 20, 60.0, 5
+PATIENCE = 5  # times the margin until a phase that waits for ranks only ends the run
+LOOKING = range(2)  # ranks that look at all others before the limit; the others look at them
 
 
 class Place(NamedTuple):
@@ -51,6 +55,7 @@ class Place(NamedTuple):
         host: name of the rank's node.
         beat: number of the message, in place of a time: the clocks of nodes may differ.
         collective: what `flight_recorder.present` says; '' before the rank stands still.
+        hung: whether it has seen that every rank waits for ranks only.
     """
 
     step: int
@@ -59,6 +64,7 @@ class Place(NamedTuple):
     host: str
     beat: int
     collective: str = ""
+    hung: bool = False
 
 
 class Watchdog:
@@ -71,6 +77,7 @@ class Watchdog:
         records: folder for the last collectives of every rank; None for none.
         warn: tells the user something.
         margin_s: seconds more than usual that are nothing to speak of.
+        ranks_only: phases that wait for other ranks and for devices, never for a disk or a server.
     """
 
     def __init__(
@@ -82,9 +89,11 @@ class Watchdog:
         records: Path | None = None,
         warn: Callable[[str], None] | None = None,
         margin_s: float = MARGIN_S,
+        ranks_only: frozenset[str] = frozenset(),
     ) -> None:
         self._timeout, self._end, self._beat = timeout_s, end or _leave, beat_s
         self._records, self._warn, self._margin = records, warn or _warn, margin_s
+        self._ranks_only, self._hung = ranks_only, False
         self._at = (0, 0, "starting")
         self._since = time.monotonic()
         self._last: dict[int, Place] = {}  # what `_find_missing` found
@@ -126,55 +135,75 @@ class Watchdog:
             since, missing = self._since, list[str]()
             stands = time.monotonic() - since
             late, slow = stands > self._timeout, stands > self._usual() and since != self._warned
+            hung = not late and stands > self._learned()
             try:
                 if self._store is not None:
                     self._tell()
-                    # At most two ranks look, since each asks for the places of all.
-                    if late or (slow and self._rank < 2):
+                    # Not every rank looks, since each asks for the places of all.
+                    if late or ((slow or hung) and self._rank in LOOKING):
                         missing = self._find_missing()
+                if hung and since == self._since:
+                    late = self._nothing_comes_back()
+                    missing = missing or (self._find_missing() if late and self._store else [])
             except Exception as error:  # any error means that the store cannot be asked any more
                 missing = [f"all others (the store of rank 0's node does not answer: {error})"]
             if late and not self._closed.is_set():  # a run that moves on needs no store
-                self._end(self._sentence(missing) + self._record())
+                usual = self._said_usual() if hung else ""
+                self._end(self._sentence(missing) + usual + self._record())
                 return
             if slow and since == self._since:
                 self._warned = since
                 if self._rank == 0 or any(each.startswith("rank 0 ") for each in missing):
                     self._warn(
-                        f"{self._sentence(missing)}; this phase usually takes "
-                        f"{statistics.median(self._durations[self._at[2]]):.2g} s; the run waits, "
+                        f"{self._sentence(missing)}{self._said_usual()}; the run waits, "
                         f"at most {self._timeout:.0f} s (run.hang_minutes)"
                     )
             self._closed.wait(self._beat)
 
-    def _usual(self) -> float:
+    def _usual(self, margins: int = 1) -> float:
         """Seconds after which the present phase takes unusually long; infinity if none is usual."""
         seen = self._durations[self._at[2]]
         if len(seen) < SEEN:
             return float("inf")
-        return UNUSUAL * statistics.median(list(seen)) + self._margin
+        return UNUSUAL * statistics.median(list(seen)) + margins * self._margin
+
+    def _said_usual(self) -> str:
+        return f"; this phase usually takes {statistics.median(self._durations[self._at[2]]):.2g} s"
+
+    def _learned(self) -> float:
+        """Seconds after which the present phase ends the run if no rank waits for a disk."""
+        return self._usual(PATIENCE) if self._at[2] in self._ranks_only else float("inf")
+
+    def _nothing_comes_back(self) -> bool:
+        """Whether no rank waits for a disk or a server, by what the looking ranks have seen."""
+        if self._store is None:
+            return True
+        if self._rank in LOOKING:
+            self._hung = all(place.doing in self._ranks_only for place in self._last.values())
+            self._tell()
+        return any(place.hung for place in self._places(LOOKING).values())
 
     def _tell(self) -> None:
         self._beats += 1
         soon = time.monotonic() - self._since > min(self._timeout, self._usual()) / 2
         collective = flight_recorder.present() if soon else ""
-        place = Place(*self._at, socket.gethostname(), self._beats, collective)
+        place = Place(*self._at, socket.gethostname(), self._beats, collective, self._hung)
         self._store.set(str(self._rank), json.dumps(place))
 
-    def _places(self) -> dict[int, Place]:
+    def _places(self, ranks: Iterable[int]) -> dict[int, Place]:
         found = {}
-        for rank in range(self._world):
+        for rank in ranks:
             if self._store.check([str(rank)]):
                 found[rank] = Place(*json.loads(self._store.get(str(rank))))
         return found
 
     def _find_missing(self) -> list[str]:
         """Lists the ranks that the others wait for, each with its last place."""
-        first = self._places()
+        first = self._places(range(self._world))
         for _ in range(LISTENING_BEATS):  # the others listen too, and need this rank's messages
             time.sleep(self._beat)
             self._tell()
-        last = self._last = self._places()
+        last = self._last = self._places(range(self._world))
         furthest = max((place.step, place.phase) for place in last.values())
         missing = []
         for rank in range(self._world):

@@ -45,7 +45,7 @@ from seer_scale.train.build_reports import (
     utilisation_of,
 )
 from seer_scale.train.image_stream import ImageStream
-from seer_scale.train.phases import Phases
+from seer_scale.train.phases import RANKS_ONLY, Phases
 from seer_scale.train.rank_state import seed_rank
 from seer_scale.train.restore import read_state, restore
 from seer_scale.train.rewinds import skip_rewound_images
@@ -162,7 +162,9 @@ def trainer_of(
         skip_spikes=config.train.on_spike == "skip",
         micro_batches=config.train.gradient_accumulation,
     )
-    watchdog = Watchdog(60 * config.run.hang_minutes, records=run_dir / "flight_recorder")
+    watchdog = Watchdog(
+        60 * config.run.hang_minutes, records=run_dir / "flight_recorder", ranks_only=RANKS_ONLY
+    )
     records = records_of(config, state.step)
     saves = saves_of(config, tracker, records, say, evaluation)
     telemetry = telemetry_of(config, device, plan, progress, records, tracker, say)

@@ -128,6 +128,7 @@ class Trainer:
             stop=self.stop_signals.wish,
             refresh=self.images.refresh_due(),
         )
+        self.watchdog.at(self.state.step + 1, -4, "reporting")  # files are written from here on
         verdict, stop = self._judge(totals, step)
         self._record_samples(step, totals.bad)
         line = self._line(totals, verdict, time.perf_counter() - began)

@@ -135,3 +135,70 @@ def test_an_unusually_long_phase_is_a_warning_of_one_rank(
 
 def test_what_has_not_been_seen_often_is_not_unusual(distributed: Distributed) -> None:
     assert distributed(stand, 2, (1,), 4) == [([], []), ([], [])]
+
+
+RANKS_ONLY = frozenset({"computing"})
+
+
+def stand_for_ever(late: int, doing: str, seen: int, seconds: float) -> list[str]:
+    """After `seen` short phases rank `late` stands in `doing`, and the others wait for it."""
+    said: list[str] = []
+    watchdog = Watchdog(
+        1000.0, said.append, 0.05, warn=lambda _: None, margin_s=0.2, ranks_only=RANKS_ONLY
+    )
+    dist.barrier()
+    for step in range(seen):
+        watchdog.at(step, 0, "waiting for images")
+        time.sleep(0.01)
+        watchdog.at(step, 1, "computing")
+        dist.all_reduce(torch.ones(1))
+    watchdog.at(seen, 0, "waiting for images")
+    if dist.get_rank() != late or doing == "computing":
+        watchdog.at(seen, 1, "computing")
+    if dist.get_rank() == late:
+        deadline = time.monotonic() + seconds
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.05)
+    dist.all_reduce(torch.ones(1))
+    time.sleep(2.0)  # for what the others still look at
+    watchdog.close()
+    return said
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_where_nothing_comes_back_a_run_ends_at_a_learned_limit(
+    distributed: Distributed, late: int
+) -> None:
+    said = distributed(stand_for_ever, 3, late, "computing", 20, 60.0)
+    for rank, sentences in enumerate(said):
+        (sentence,) = sentences
+        assert f"rank {rank} has waited " in sentence
+        assert "; collectives: " in sentence
+        assert f"rank {late} is in none" in sentence
+        assert "; this phase usually takes " in sentence
+
+
+@pytest.mark.parametrize(
+    ("doing", "seen"), [("waiting for images", 20), ("computing", 4)], ids=["a disk", "unseen"]
+)
+def test_what_may_come_back_or_is_new_has_the_limit_of_the_key(
+    distributed: Distributed, doing: str, seen: int
+) -> None:
+    assert distributed(stand_for_ever, 3, 2, doing, seen, 5.0) == [[], [], []]
+
+
+def test_one_rank_ends_at_its_learned_limit() -> None:
+    said: list[str] = []
+    watchdog = Watchdog(
+        1000.0, said.append, 0.05, warn=lambda _: None, margin_s=0.1, ranks_only=RANKS_ONLY
+    )
+    for step in range(10):
+        watchdog.at(step, 1, "computing")
+        time.sleep(0.01)
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.05)
+    watchdog.close()
+    (sentence,) = said
+    assert " in step 9, computing; this rank is at test_watchdog.py:" in sentence
+    assert "; this phase usually takes 0.0" in sentence

@@ -6,7 +6,9 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,44 @@ def test_a_run_leaves_its_records(distributed: Distributed, images: Path, tmp_pa
     assert sorted(samples[:24]) == list(range(24))  # an epoch shows every image once
     trunk = load(run_dir)
     assert trunk(torch.zeros(1, 3, 32, 32)).shape == (1, trunk.width)
+
+
+def watched(argv: list[str]) -> dict[str, set[bool]]:
+    """Whether the watchdog may learn a limit, at each of these calls of a run."""
+    trainer = open_trainer(argv)
+    found: dict[str, set[bool]] = defaultdict(set)
+
+    def watch(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def watching(*given: Any, **more: Any) -> Any:
+            place = trainer.watchdog._at[2]
+            found[name].add(place in trainer.watchdog._ranks_only)
+            return call(*given, **more)
+
+        setattr(owner, name, watching)
+
+    watch(trainer.engine, "backward")
+    watch(trainer.engine, "step")
+    watch(trainer.guard, "judge")
+    watch(trainer.telemetry, "log")
+    watch(trainer.saves, "settle")
+    watch(trainer.saves, "start")
+    try:
+        trainer.train()
+    finally:
+        trainer.close("FINISHED")
+    return found
+
+
+def test_the_watchdog_learns_no_limit_for_what_reads_or_writes_files(
+    distributed: Distributed, images: Path, tmp_path: Path
+) -> None:
+    argv = arguments(images, tmp_path / "run", "train.steps=3", "checkpoint.every=2")
+    (found,) = distributed(watched, 1, argv)
+    learns = {name for name, values in found.items() if values == {True}}
+    assert learns == {"backward", "step"}
+    assert all(found[name] == {False} for name in ("judge", "log", "settle", "start"))
 
 
 def steps_of(argv: list[str]) -> list[dict[str, float]]:
