@@ -148,14 +148,15 @@ class Watchdog:
             except Exception as error:  # any error means that the store cannot be asked any more
                 missing = [f"all others (the store of rank 0's node does not answer: {error})"]
             if late and not self._closed.is_set():  # a run that moves on needs no store
-                usual = self._said_usual() if hung else ""
+                usual = f"; this phase usually takes {self._median():.2g} s" if hung else ""
                 self._end(self._sentence(missing) + usual + self._record())
                 return
             if slow and since == self._since:
                 self._warned = since
                 if self._rank == 0 or any(each.startswith("rank 0 ") for each in missing):
                     self._warn(
-                        f"{self._sentence(missing)}{self._said_usual()}; the run waits, "
+                        f"{self._sentence(missing)}; this phase usually takes "
+                        f"{self._median():.2g} s; the run waits, "
                         f"at most {self._timeout:.0f} s (run.hang_minutes)"
                     )
             self._closed.wait(self._beat)
@@ -165,10 +166,10 @@ class Watchdog:
         seen = self._durations[self._at[2]]
         if len(seen) < SEEN:
             return float("inf")
-        return UNUSUAL * statistics.median(list(seen)) + margins * self._margin
+        return UNUSUAL * self._median() + margins * self._margin
 
-    def _said_usual(self) -> str:
-        return f"; this phase usually takes {statistics.median(self._durations[self._at[2]]):.2g} s"
+    def _median(self) -> float:
+        return statistics.median(list(self._durations[self._at[2]]))
 
     def _learned(self) -> float:
         """Seconds after which the present phase ends the run if no rank waits for a disk."""
