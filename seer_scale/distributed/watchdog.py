@@ -132,10 +132,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            since, missing = self._since, list[str]()
+            since, doing, missing = self._since, self._at[2], list[str]()
             stands = time.monotonic() - since
-            late, slow = stands > self._timeout, stands > self._usual() and since != self._warned
-            hung = not late and stands > self._learned()
+            late = stands > self._timeout
+            slow = stands > self._usual(doing) and since != self._warned
+            hung = not late and doing in self._ranks_only and stands > self._usual(doing, PATIENCE)
             try:
                 if self._store is not None:
                     self._tell()
@@ -144,36 +145,32 @@ class Watchdog:
                         missing = self._find_missing()
                 if hung and since == self._since:
                     late = self._nothing_comes_back()
-                    missing = missing or (self._find_missing() if late and self._store else [])
+                    if late and self._rank not in LOOKING:
+                        missing = self._find_missing()
             except Exception as error:  # any error means that the store cannot be asked any more
                 missing = [f"all others (the store of rank 0's node does not answer: {error})"]
             if late and not self._closed.is_set():  # a run that moves on needs no store
-                usual = f"; this phase usually takes {self._median():.2g} s" if hung else ""
-                self._end(self._sentence(missing) + usual + self._record())
+                took = f"; this phase usually takes {self._median(doing):.2g} s" if hung else ""
+                self._end(self._sentence(missing) + took + self._record())
                 return
             if slow and since == self._since:
                 self._warned = since
                 if self._rank == 0 or any(each.startswith("rank 0 ") for each in missing):
                     self._warn(
                         f"{self._sentence(missing)}; this phase usually takes "
-                        f"{self._median():.2g} s; the run waits, "
+                        f"{self._median(doing):.2g} s; the run waits, "
                         f"at most {self._timeout:.0f} s (run.hang_minutes)"
                     )
             self._closed.wait(self._beat)
 
-    def _usual(self, margins: int = 1) -> float:
-        """Seconds after which the present phase takes unusually long; infinity if none is usual."""
-        seen = self._durations[self._at[2]]
-        if len(seen) < SEEN:
+    def _usual(self, doing: str, margins: int = 1) -> float:
+        """Seconds after which a phase takes unusually long; infinity if it is not yet known."""
+        if len(self._durations[doing]) < SEEN:
             return float("inf")
-        return UNUSUAL * self._median() + margins * self._margin
+        return UNUSUAL * self._median(doing) + margins * self._margin
 
-    def _median(self) -> float:
-        return statistics.median(list(self._durations[self._at[2]]))
-
-    def _learned(self) -> float:
-        """Seconds after which the present phase ends the run if no rank waits for a disk."""
-        return self._usual(PATIENCE) if self._at[2] in self._ranks_only else float("inf")
+    def _median(self, doing: str) -> float:
+        return statistics.median(list(self._durations[doing]))
 
     def _nothing_comes_back(self) -> bool:
         """Whether no rank waits for a disk or a server, by what the looking ranks have seen."""
@@ -186,7 +183,8 @@ class Watchdog:
 
     def _tell(self) -> None:
         self._beats += 1
-        soon = time.monotonic() - self._since > min(self._timeout, self._usual()) / 2
+        first = min(self._timeout, self._usual(self._at[2]))
+        soon = time.monotonic() - self._since > first / 2
         collective = flight_recorder.present() if soon else ""
         place = Place(*self._at, socket.gethostname(), self._beats, collective, self._hung)
         self._store.set(str(self._rank), json.dumps(place))
