@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -12,6 +13,7 @@ COMPILING_SECONDS = 1500
 COMPILE = "from seer_scale.parallel.zero import compile_for_nvme; compile_for_nvme()"
 
 
+@cache
 def prepare_nvme() -> None:
     """Compiles DeepSpeed's asynchronous file access where it is missing; may take minutes.
 

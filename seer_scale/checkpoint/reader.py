@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from seer_scale.storage.tensor_file import Kind, Stamp, TensorFile, stamp
 # What a header that is not as it should be makes Python trip over.
 _HOSTILE = (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
             OverflowError)  # fmt: skip
-MOST_OPEN = 16  # files; a process may open about a thousand
+
+
+def most_open() -> int:
+    """Half of the files that this process may open: usually 512, one for each rank of SEER's."""
+    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 class CheckpointReader:
@@ -50,7 +55,8 @@ class CheckpointReader:
         self.folder = folder
         self.manifest = read_manifest(folder, part, parts) if manifest is None else manifest
         self._files: dict[int, TensorFile] = {}
-        self._recent: list[TensorFile] = []  # the ones that may be open
+        self._open: dict[int, TensorFile] = {}  # the ones that may be open, oldest first
+        self._most_open = most_open()
         self._rows = self._index()
         self.kinds = {name: row.kind for name, row in self._rows.items()}
         for name, row in self._rows.items():
@@ -202,9 +208,9 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Closes files, which otherwise keep their room on the disk after they are deleted."""
-        for file in self._recent:
+        for file in self._open.values():
             file.close()
-        self._recent.clear()
+        self._open.clear()
 
     def _index(self) -> Placement:
         ranks, path = range(self.manifest["world_size"]), self.folder / SLICES
@@ -227,10 +233,10 @@ class CheckpointReader:
         file = self._files.get(rank)
         if file is None:
             file = self._files[rank] = TensorFile(rank_file(self.folder, rank))
-        if file not in self._recent:
-            if len(self._recent) >= MOST_OPEN:
-                self._recent.pop(0).close()
-            self._recent.append(file)
+        if rank not in self._open:
+            if len(self._open) >= self._most_open:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[rank] = file
         return file
 
     def _damaged(self, path: Path, error: Exception) -> CheckpointError:

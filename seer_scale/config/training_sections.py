@@ -35,7 +35,7 @@ class RunSection(Section):
         30.0,
         description=(
             "minutes that a step, a save or an evaluation may take; a longer one ends the run and "
-            "names the missing ranks; a step in which no rank waits for a disk may end it sooner"
+            "names the missing ranks; a step in which all ranks are stuck ends it sooner"
         ),
     )
     threads: Positive | None = Field(

@@ -7,9 +7,9 @@ while, is missing. The store answers without any collective. A run of one rank i
 loader, save or evaluation may wait for a disk that never answers.
 
 A rank that stands still for much longer than it did before, in the same phase, is a warning at
-first: a shared disk may be away for minutes and come back. Where every rank stands in a phase that
-waits for other ranks only, nothing can come back, and the run ends at a limit learned from what it
-has seen.
+first: a shared disk may be away for minutes and come back. Where every rank says that it has stood
+for too long in a phase that waits for other ranks only, nothing can come back, and the run ends. A
+silent rank says nothing: its node or network may come back.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from seer_scale.errors import LOST_RANK_STATUS
 
 BEAT_S = 1.0
 LISTENING_BEATS = 8  # beats without a new message after which a rank counts as silent
+LEAVING_BEATS = 16  # that a looking rank stays: the store may go with it, and all have to look
 STORE_S = 15.0  # seconds that the store may take to answer
 # A phase is unusually long after so many times the median of the last ones and a margin. Before it
 # has been seen so often nothing is usual: first steps compile, and first saves make folders.
 UNUSUAL, MARGIN_S, SEEN = 20, 60.0, 5
-PATIENCE = 5  # times the margin until a phase that waits for ranks only ends the run
+PATIENCE = 5  # times the margin until a phase that waits for ranks only is stuck
 LOOKING = range(2)  # ranks that look at all others before the limit; the others look at them
+ASLEEP = 10  # times the beat; who sleeps longer was stopped, as by Ctrl-Z, and did not wait
 
 
 class Place(NamedTuple):
@@ -55,7 +57,8 @@ class Place(NamedTuple):
         host: name of the rank's node.
         beat: number of the message, in place of a time: the clocks of nodes may differ.
         collective: what `flight_recorder.present` says; '' before the rank stands still.
-        hung: whether it has seen that every rank waits for ranks only.
+        stuck: whether it has stood for too long in a phase that waits for ranks only.
+        hung: whether it has seen that every rank is stuck.
     """
 
     step: int
@@ -64,6 +67,7 @@ class Place(NamedTuple):
     host: str
     beat: int
     collective: str = ""
+    stuck: bool = False
     hung: bool = False
 
 
@@ -93,7 +97,7 @@ class Watchdog:
     ) -> None:
         self._timeout, self._end, self._beat = timeout_s, end or _leave, beat_s
         self._records, self._warn, self._margin = records, warn or _warn, margin_s
-        self._ranks_only, self._hung = ranks_only, False
+        self._ranks_only, self._stuck, self._hung = ranks_only, False, False
         self._at = (0, 0, "starting")
         self._since = time.monotonic()
         self._last: dict[int, Place] = {}  # what `_find_missing` found
@@ -136,21 +140,23 @@ class Watchdog:
             stands = time.monotonic() - since
             late = stands > self._timeout
             slow = stands > self._usual(doing) and since != self._warned
-            hung = not late and doing in self._ranks_only and stands > self._usual(doing, PATIENCE)
+            stuck = doing in self._ranks_only and stands > self._usual(doing, PATIENCE)
+            self._stuck = stuck
             try:
                 if self._store is not None:
                     self._tell()
                     # Not every rank looks, since each asks for the places of all.
-                    if late or ((slow or hung) and self._rank in LOOKING):
+                    if late or ((slow or stuck) and self._rank in LOOKING):
                         missing = self._find_missing()
-                if hung and since == self._since:
-                    late = self._nothing_comes_back()
-                    if late and self._rank not in LOOKING:
-                        missing = self._find_missing()
+                if stuck and not late and self._nothing_comes_back():
+                    if self._store is not None:
+                        missing = self._find_missing(LEAVING_BEATS if self._rank in LOOKING else 0)
+                    late = since == self._since
             except Exception as error:  # any error means that the store cannot be asked any more
                 missing = [f"all others (the store of rank 0's node does not answer: {error})"]
+                late = late or stuck  # rank 0 may have seen that all are, and left
             if late and not self._closed.is_set():  # a run that moves on needs no store
-                took = f"; this phase usually takes {self._median(doing):.2g} s" if hung else ""
+                took = f"; this phase usually takes {self._median(doing):.2g} s" if stuck else ""
                 self._end(self._sentence(missing) + took + self._record())
                 return
             if slow and since == self._since:
@@ -158,10 +164,14 @@ class Watchdog:
                 if self._rank == 0 or any(each.startswith("rank 0 ") for each in missing):
                     self._warn(
                         f"{self._sentence(missing)}; this phase usually takes "
-                        f"{self._median(doing):.2g} s; the run waits, "
-                        f"at most {self._timeout:.0f} s (run.hang_minutes)"
+                        f"{self._median(doing):.2g} s; the run waits, at most "
+                        f"{self._timeout:.0f} s (run.hang_minutes), or less if all ranks are stuck"
                     )
+            before = time.monotonic()
             self._closed.wait(self._beat)
+            slept = time.monotonic() - before
+            if slept > ASLEEP * self._beat:
+                self._since += slept
 
     def _usual(self, doing: str, margins: int = 1) -> float:
         """Seconds after which a phase takes unusually long; infinity if it is not yet known."""
@@ -173,11 +183,11 @@ class Watchdog:
         return statistics.median(list(self._durations[doing]))
 
     def _nothing_comes_back(self) -> bool:
-        """Whether no rank waits for a disk or a server, by what the looking ranks have seen."""
+        """Whether all ranks are stuck, by what the looking ranks have seen."""
         if self._store is None:
             return True
         if self._rank in LOOKING:
-            self._hung = all(place.doing in self._ranks_only for place in self._last.values())
+            self._hung = all(place.stuck for place in self._last.values())
             self._tell()
         return any(place.hung for place in self._places(LOOKING).values())
 
@@ -186,7 +196,9 @@ class Watchdog:
         first = min(self._timeout, self._usual(self._at[2]))
         soon = time.monotonic() - self._since > first / 2
         collective = flight_recorder.present() if soon else ""
-        place = Place(*self._at, socket.gethostname(), self._beats, collective, self._hung)
+        place = Place(
+            *self._at, socket.gethostname(), self._beats, collective, self._stuck, self._hung
+        )
         self._store.set(str(self._rank), json.dumps(place))
 
     def _places(self, ranks: Iterable[int]) -> dict[int, Place]:
@@ -196,10 +208,11 @@ class Watchdog:
                 found[rank] = Place(*json.loads(self._store.get(str(rank))))
         return found
 
-    def _find_missing(self) -> list[str]:
+    def _find_missing(self, more_beats: int = 0) -> list[str]:
         """Lists the ranks that the others wait for, each with its last place."""
         first = self._places(range(self._world))
-        for _ in range(LISTENING_BEATS):  # the others listen too, and need this rank's messages
+        # The others listen too, and need this rank's messages.
+        for _ in range(LISTENING_BEATS + more_beats):
             time.sleep(self._beat)
             self._tell()
         last = self._last = self._places(range(self._world))

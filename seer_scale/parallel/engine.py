@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from seer_scale import distributed
-from seer_scale.config.ds_config import offload_device
 from seer_scale.models import OnTrunk, align_channels, paddings_of
 from seer_scale.optim.filling import fill
 from seer_scale.optim.loss_scale import LossScale
@@ -29,6 +28,7 @@ from seer_scale.parallel.compile import apply_compile
 from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
 from seer_scale.parallel.fsdp import build_mesh, shard_units, unit_parameters
 from seer_scale.parallel.fused_backward import FusedBackward
+from seer_scale.parallel.offload import uses_nvme
 from seer_scale.parallel.options import ShardingOptions
 from seer_scale.parallel.precision import SCALED, apply_autocast, gathered_as
 from seer_scale.parallel.torch_engine import TorchEngine, wrap_ddp
@@ -264,7 +264,7 @@ def _zero(
     blocks = (sum(p.numel() for p in b.parameters()) for stage in model.blocks() for b in stage)
     zero = with_limits(ds_config["zero_optimization"], max(blocks))
     ds_config = {**ds_config, "zero_optimization": zero}
-    if "nvme" in (offload_device(zero, key) for key in ("offload_optimizer", "offload_param")):
+    if uses_nvme(zero):
         compile_for_nvme()
     if zero["stage"] == 3:
         fill_partitioned(model, values, ds_config, device)

@@ -11,6 +11,11 @@ from seer_scale.config.ds_config import offload_device
 from seer_scale.errors import ConfigError
 
 
+def uses_nvme(zero: Mapping[str, Any]) -> bool:
+    """Whether every step reads and writes a disk, by the section zero_optimization."""
+    return "nvme" in (offload_device(zero, key) for key in ("offload_optimizer", "offload_param"))
+
+
 def check_offload(zero: Mapping[str, Any], path: str | None) -> None:
     """Refuses an offload that the stage does not have, or that cannot be written on this machine.
 

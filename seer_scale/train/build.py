@@ -19,6 +19,7 @@ from seer_scale.data import Source, addresses
 from seer_scale.distributed.watchdog import Watchdog
 from seer_scale.models import seeded_values
 from seer_scale.parallel.compile import check_compiler
+from seer_scale.parallel.offload import uses_nvme
 from seer_scale.performance.garbage import GarbageCollection
 from seer_scale.tracking.progress import Progress
 from seer_scale.train import attempts
@@ -162,8 +163,11 @@ def trainer_of(
         skip_spikes=config.train.on_spike == "skip",
         micro_batches=config.train.gradient_accumulation,
     )
+    on_disk = uses_nvme((ds_config or {}).get("zero_optimization", {}))
     watchdog = Watchdog(
-        60 * config.run.hang_minutes, records=run_dir / "flight_recorder", ranks_only=RANKS_ONLY
+        60 * config.run.hang_minutes,
+        records=run_dir / "flight_recorder",
+        ranks_only=frozenset() if on_disk else RANKS_ONLY,
     )
     records = records_of(config, state.step)
     saves = saves_of(config, tracker, records, say, evaluation)

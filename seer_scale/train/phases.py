@@ -17,8 +17,10 @@ from seer_scale.performance.profiler import Profiler
 Phase = Literal["data", "forward", "loss", "backward", "optimizer"]
 # What the watchdog names from this phase on, until another phase of the list begins.
 WATCHED: dict[Phase, str] = {"data": "waiting for images", "forward": "computing"}
+# What the watchdog names after the last backward pass of a step, and its number in the step.
+UPDATING, LAST = "updating", 1 << 30
 # What the watchdog may end by a limit that it learns: no disk and no server is waited for.
-RANKS_ONLY = frozenset({WATCHED["forward"]})
+RANKS_ONLY = frozenset({WATCHED["forward"], UPDATING})
 # Phases that count as a rank's own work. The others wait for other ranks inside of torch.
 OWN_WORK: frozenset[Phase] = frozenset({"data", "forward", "loss"})
 

@@ -28,7 +28,7 @@ from seer_scale.performance.garbage import GarbageCollection
 from seer_scale.train.bad_samples import BadSamples
 from seer_scale.train.image_stream import ImageStream
 from seer_scale.train.nonfinite import Computed, culprits, dump
-from seer_scale.train.phases import Phases
+from seer_scale.train.phases import LAST, UPDATING, Phases
 from seer_scale.train.rank_state import rank_state
 from seer_scale.train.saves import Saves
 from seer_scale.train.settings import TrainSettings
@@ -116,6 +116,7 @@ class Trainer:
             with self.phase("backward"):
                 self.engine.backward(self.guard.gate(loss, sums["loss"] if last else None))
             if last:
+                self.watchdog.at(self.state.step + 1, LAST, UPDATING)
                 self.saves.before_update()
             with self.phase("optimizer"):
                 grad_norm = self.engine.step()

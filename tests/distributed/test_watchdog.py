@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from harness.pool import Distributed
+from seer_scale.distributed.ports import free_port
 from seer_scale.distributed.watchdog import Watchdog
+from seer_scale.errors import LOST_RANK_STATUS
 
 TIMEOUT_S, BEAT_S = 2.0, 0.1
 
@@ -127,7 +135,7 @@ def test_an_unusually_long_phase_is_a_warning_of_one_rank(
     assert "(still in step 20, waiting for images); collectives: " in sentence
     assert "in all_reduce " in sentence
     assert "; this phase usually takes " in sentence
-    assert "; the run waits, at most 1000 s (run.hang_minutes)" in sentence
+    assert "; the run waits, at most 1000 s (run.hang_minutes), or less if all" in sentence
     # The late rank 0 itself is slow too, and says so about itself; nobody else does.
     others = [said for rank, (said, _) in enumerate(found) if rank not in (speaks, 0)]
     assert all(said == [] for said in others)
@@ -140,65 +148,148 @@ def test_what_has_not_been_seen_often_is_not_unusual(distributed: Distributed) -
 RANKS_ONLY = frozenset({"computing"})
 
 
-def stand_for_ever(late: int, doing: str, seen: int, seconds: float) -> list[str]:
-    """After `seen` short phases rank `late` stands in `doing`, and the others wait for it."""
-    said: list[str] = []
+def learning(end: Callable[[str], None] | None, records: Path | None = None) -> Watchdog:
+    """A watchdog that learns a limit of about a second and has seen ten steps."""
     watchdog = Watchdog(
-        1000.0, said.append, 0.05, warn=lambda _: None, margin_s=0.2, ranks_only=RANKS_ONLY
+        1000.0,
+        end,
+        0.05,
+        records=records,
+        warn=lambda _: None,
+        margin_s=0.2,
+        ranks_only=RANKS_ONLY,
     )
-    dist.barrier()
-    for step in range(seen):
+    for step in range(10):
         watchdog.at(step, 0, "waiting for images")
         time.sleep(0.01)
         watchdog.at(step, 1, "computing")
+        time.sleep(0.01)
+    watchdog.at(10, 0, "waiting for images")
+    return watchdog
+
+
+def stand_for_ever() -> list[str]:
+    """All ranks stand in a phase that waits for ranks only, each until it would have ended."""
+    said: list[str] = []
+    watchdog = learning(said.append)
+    watchdog.at(10, 1, "computing")
+    dist.barrier()
+    if dist.get_rank() < 2:  # the others are in a collective that these never join
+        wait_for(said)
         dist.all_reduce(torch.ones(1))
-    watchdog.at(seen, 0, "waiting for images")
-    if dist.get_rank() != late or doing == "computing":
-        watchdog.at(seen, 1, "computing")
+    else:
+        dist.all_reduce(torch.ones(1))
+        wait_for(said)
+    watchdog.close()
+    return said
+
+
+def wait_for(said: list[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_where_every_rank_is_stuck_a_run_ends_at_a_learned_limit(distributed: Distributed) -> None:
+    said = distributed(stand_for_ever, 3)
+    for rank, sentences in enumerate(said):
+        (sentence,) = sentences
+        assert f"rank {rank} has waited " in sentence
+        assert " s in step 10, computing; missing: " in sentence
+        assert "; collectives: " in sentence
+        assert "; this phase usually takes " in sentence
+
+
+def come_back(late: int, seconds: float) -> list[str]:
+    """One rank waits for images for longer than any limit, then computes as the others do."""
+    said: list[str] = []
+    watchdog = learning(said.append)
+    dist.barrier()
     if dist.get_rank() == late:
-        deadline = time.monotonic() + seconds
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.05)
+        time.sleep(4.0)
+    watchdog.at(10, 1, "computing")
+    if dist.get_rank() == late:
+        time.sleep(seconds)
     dist.all_reduce(torch.ones(1))
-    time.sleep(2.0)  # for what the others still look at
+    watchdog.at(11, 0, "waiting for images")
     watchdog.close()
     return said
 
 
 @pytest.mark.parametrize("late", [0, 2])
-def test_where_nothing_comes_back_a_run_ends_at_a_learned_limit(
-    distributed: Distributed, late: int
-) -> None:
-    said = distributed(stand_for_ever, 3, late, "computing", 20, 60.0)
-    for rank, sentences in enumerate(said):
-        (sentence,) = sentences
-        assert f"rank {rank} has waited " in sentence
-        assert "; collectives: " in sentence
-        assert f"rank {late} is in none" in sentence
-        assert "; this phase usually takes " in sentence
+def test_a_disk_that_comes_back_ends_no_run(distributed: Distributed, late: int) -> None:
+    assert distributed(come_back, 3, late, 0.7) == [[], [], []]
 
 
-@pytest.mark.parametrize(
-    ("doing", "seen"), [("waiting for images", 20), ("computing", 4)], ids=["a disk", "unseen"]
-)
-def test_what_may_come_back_or_is_new_has_the_limit_of_the_key(
-    distributed: Distributed, doing: str, seen: int
-) -> None:
-    assert distributed(stand_for_ever, 3, 2, doing, seen, 5.0) == [[], [], []]
+def test_nothing_is_learned_from_a_few_steps() -> None:
+    said: list[str] = []
+    watchdog = Watchdog(1000.0, said.append, 0.05, margin_s=0.1, ranks_only=RANKS_ONLY)
+    for step in range(5):  # the last of them is not over
+        watchdog.at(step, 1, "computing")
+        time.sleep(0.01)
+    time.sleep(3.0)
+    watchdog.close()
+    assert said == []
 
 
 def test_one_rank_ends_at_its_learned_limit() -> None:
     said: list[str] = []
-    watchdog = Watchdog(
-        1000.0, said.append, 0.05, warn=lambda _: None, margin_s=0.1, ranks_only=RANKS_ONLY
-    )
-    for step in range(10):
-        watchdog.at(step, 1, "computing")
-        time.sleep(0.01)
-    deadline = time.monotonic() + 60
-    while not said and time.monotonic() < deadline:
-        time.sleep(0.05)
+    watchdog = learning(said.append)
+    watchdog.at(10, 1, "computing")
+    wait_for(said)
     watchdog.close()
     (sentence,) = said
-    assert " in step 9, computing; this rank is at test_watchdog.py:" in sentence
-    assert "; this phase usually takes 0.0" in sentence
+    assert " in step 10, computing; this rank is at test_watchdog.py:" in sentence
+    assert re.search(r"; this phase usually takes [0-9.]+ s$", sentence)
+
+
+def stand_alone(rank: int, port: int, records: Path) -> None:
+    """A rank of a group whose store lives in rank 0, as under `deepspeed`."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=4)
+    watchdog = learning(None, records)
+    dist.barrier()
+    watchdog.at(10, 1, "computing")
+    time.sleep(120)
+
+
+def test_all_ranks_end_alike_where_the_store_ends_with_rank_0(tmp_path: Path) -> None:
+    context = get_context("spawn")
+    port = free_port()
+    ranks = [
+        context.Process(target=stand_alone, args=(rank, port, tmp_path / "records"))
+        for rank in range(4)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(100)
+    assert [rank.exitcode for rank in ranks] == [LOST_RANK_STATUS] * 4
+    assert sorted(path.name for path in (tmp_path / "records").iterdir()) == [
+        f"rank_{rank}.json" for rank in range(4)
+    ]
+
+
+def stopped(said: Any) -> None:
+    watchdog = learning(said.put)
+    watchdog.at(10, 1, "computing")
+    said.put("computing")
+    time.sleep(0.3)
+    watchdog.at(11, 0, "waiting for images")
+    time.sleep(120)
+
+
+def test_a_process_that_was_stopped_has_not_waited() -> None:
+    context = get_context("spawn")
+    said = context.Queue()
+    process = context.Process(target=stopped, args=(said,))
+    process.start()
+    assert said.get(timeout=60) == "computing"
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3.0)  # more than twice the limit
+    os.kill(process.pid, signal.SIGCONT)
+    with pytest.raises(Empty):
+        said.get(timeout=2)
+    process.kill()
+    process.join()

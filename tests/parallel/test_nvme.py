@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
 from harness.engines import build_engine, configuration
+from seer_scale.parallel.offload import uses_nvme
 
 
 @pytest.mark.parametrize(("silent", "said"), [(0.1, True), (60.0, False)])
@@ -39,3 +41,16 @@ def test_a_training_compiles_before_it_builds(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(zero, "fill_partitioned", lambda *_: pytest.fail("built before"))
     with pytest.raises(CompiledError):
         build_engine(configuration("--deepspeed_config", "ds_configs/zero3_nvme.json"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({}, False),
+        ({"offload_optimizer": {"device": "cpu"}}, False),
+        ({"offload_optimizer": {"device": "nvme"}}, True),
+        ({"offload_param": {"device": "nvme"}, "offload_optimizer": None}, True),
+    ],
+)
+def test_a_step_on_a_disk_is_told(zero: dict[str, Any], expected: bool) -> None:
+    assert uses_nvme(zero) is expected
