@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -23,31 +22,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a clone works without installing the package
-os.environ.setdefault(
-    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-)  # avoids gaps between tensors of 3 GiB
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without installing
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import record  # noqa: E402
-from seer_scale.config import RunConfig  # noqa: E402
-from seer_scale.config.recipe import parse  # noqa: E402
-from seer_scale.models import seeded_values  # noqa: E402
-from seer_scale.objectives import build_objective  # noqa: E402
-from seer_scale.objectives.build import Objective  # noqa: E402
-from seer_scale.optim.schedules import prototypes_frozen  # noqa: E402
-from seer_scale.optim.slice_sgd import apply_schedule  # noqa: E402
-from seer_scale.optim.slices import Values  # noqa: E402
-from seer_scale.parallel.build_optimizer import PROTOTYPES  # noqa: E402
-from seer_scale.parallel.engine import Engine  # noqa: E402
-from seer_scale.parallel.live_bytes import LiveBytes  # noqa: E402
-from seer_scale.train import build  # noqa: E402
-from seer_scale.train.build_engine import engine_of  # noqa: E402
+from benchmarks import record
+from seer_scale.config import RunConfig
+from seer_scale.config.recipe import parse
+from seer_scale.distributed.gpus import unused_gpus
+from seer_scale.models import seeded_values
+from seer_scale.objectives import build_objective
+from seer_scale.objectives.build import Objective
+from seer_scale.optim.schedules import prototypes_frozen
+from seer_scale.optim.slice_sgd import apply_schedule
+from seer_scale.optim.slices import Values
+from seer_scale.parallel.build_optimizer import PROTOTYPES
+from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.live_bytes import LiveBytes
+from seer_scale.performance.cuda_allocator import let_segments_grow
+from seer_scale.performance.gpu_start import start_gpu
+from seer_scale.train import build
+from seer_scale.train.build_engine import engine_of
 
+ROOT = record.ROOT
 COMMAND = "make gpu-10b"
 TRUNK, BATCH, STEPS = "rg_10b", 16, 3  # the recipe's images per GPU
 WHOLE_GIB = 130  # a GPU of this size holds the momentum too
@@ -210,9 +209,14 @@ def on_gpu(batch: int, steps: int) -> int:
         f"RG-10B needs a CUDA GPU of {WHOLE_GIB} GiB, or of {HOST_GIB} GiB with {HOST_MEMORY_GIB} "
         "GiB of host memory"
     )
+    reason = unused_gpus()
     if not torch.cuda.is_available():
-        print(f"no CUDA GPU here, nothing was run: {need}")
-        return 0
+        print(f"{reason or 'no CUDA GPU here'}, nothing was run: {need}")
+        return 1 if reason else 0
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    let_segments_grow()  # as a training does: no gaps between tensors of 3 GiB
+    if warning := start_gpu():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     device, env = torch.device("cuda", 0), record.environment()
     total = torch.cuda.get_device_properties(device).total_memory / GIB
     on_host = momentum_on_host(total, env["memory_gib"])
@@ -222,7 +226,6 @@ def on_gpu(batch: int, steps: int) -> int:
             f"nothing was run: {need}"
         )
         return 0
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
     config = configuration(TRUNK, batch, optim__momentum_on_host=str(on_host).lower())
     expected = estimate(config)
     guess = (expected.on_host if on_host else expected.on_device) / GIB
@@ -281,9 +284,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=BATCH, help="images per step")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--estimate", action="store_true", help="only estimate the peak memory; needs no GPU"
-    )
+    parser.add_argument("--estimate", action="store_true", help="estimate memory; needs no GPU")
     options = parser.parse_args()
     if not options.estimate:
         return on_gpu(options.batch, options.steps)

@@ -7,10 +7,10 @@ wrong, or None. A CPU runs the same code, so that its logic is tested without a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+import time
 from datetime import timedelta
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -19,17 +19,22 @@ from torch import Tensor, nn
 
 from harness import parity
 from seer_scale import distributed
+from seer_scale.distributed import flight_recorder
 from seer_scale.objectives.swav import SwAV
 from seer_scale.optim.slice_sgd import apply_schedule
 from seer_scale.parallel import batchnorm_gpu
 from seer_scale.parallel.batchnorm import GroupedSyncBatchNorm
 from seer_scale.parallel.convert_batchnorm import convert_sync_batchnorm
+from seer_scale.performance.memory_snapshot import MemorySnapshot
 
 MINUTES = 77.0  # the groups' timeout, which is no default of torch or DeepSpeed
 ROWS, CHANNELS = 3, 5  # images of a rank in the cases of BatchNorm
+LARGE = (2, 1024, 1024, 1032)  # more than 2**31 elements, so that 32 bits cannot number them
+LARGE_GIB = 40.0  # for input, gradient, output and its gradient, 4 GiB each, and as many copies
 # Share of the largest value, or of 1. Sums of float32 in another order, and values of 8 bits; the
 # oracle is float64.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+LOCAL = ("weight gradient", "bias gradient")  # their sum over the ranks is the group's
 # Shape of an image; formats of input and gradient.
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format, torch.memory_format]] = {
@@ -46,40 +51,6 @@ KINDS = {
     "NaN gradient on one rank": (math.nan, True),
     "infinite gradient on one rank": (math.inf, True),
 }
-# Offload to NVMe decides tensor by tensor.
-SKIPPING = [name for name in parity.CASES | parity.GPU_CASES if "nvme" not in name]
-
-
-class Extra(NamedTuple):
-    """A case.
-
-    Attributes:
-        run: takes this rank's device; returns what is wrong, or None.
-        strategy: case of the parity matrix whose strategy it needs; None for no strategy.
-    """
-
-    run: Callable[[torch.device], str | None]
-    strategy: str | None = None
-
-
-def extras() -> dict[str, Extra]:
-    """Lists the cases by name, in the order of running; those of one strategy are neighbours."""
-    return {name: Extra(*rest) for name, *rest in _extras()}
-
-
-def _extras() -> Iterator[tuple[Any, ...]]:
-    for layout in LAYOUTS:
-        for size, words in ((0, "all ranks"), (2, "groups of 2"), (1, "one rank")):
-            yield f"syncbn {layout}, {words}", partial(batchnorm, layout, size)
-        yield f"syncbn {layout}, all ranks, summed", partial(batchnorm, layout, 0, summed=True)
-        bf16 = partial(batchnorm, layout, 0, dtype=torch.bfloat16)
-        yield f"syncbn {layout}, all ranks, bf16", bf16
-    yield "pinned images", pinned_images
-    yield "momentum on the host", momentum_on_host, "ddp"
-    for strategy in SKIPPING:
-        for kind in KINDS:
-            yield f"skip {strategy}, {kind}", partial(skip, strategy, kind), strategy
-        yield f"timeouts {strategy}", partial(timeouts, strategy), strategy
 
 
 def batchnorm(
@@ -110,9 +81,7 @@ def batchnorm(
     first = rank // size * size
     members = slice(first * ROWS, min(first + size, world) * ROWS)
     expected = _run(_layer(torch.float64, len(shape)), x[members], grad[members])
-    synced = convert_sync_batchnorm(_layer(torch.float32, len(shape)), group_size).to(device)
-    if world == 1 and group_size == 0 and isinstance(synced[0], GroupedSyncBatchNorm):
-        synced[0].group = dist.group.WORLD
+    synced = _synced(_layer(torch.float32, len(shape)), group_size, device)
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     parts = [part[mine].to(device, dtype) for part in (x, grad)]
     if len(shape) == 3:
@@ -121,26 +90,69 @@ def batchnorm(
     most = 0 if summed else batchnorm_gpu.MOST_GATHERED
     with patch.object(batchnorm_gpu, "MOST_GATHERED", most):
         found = _run(synced, parts[0], parts[1])
-    for name in ("weight gradient", "bias gradient"):  # local: their sum is the group's
+    for name in LOCAL:
         everyone = distributed.all_gather(found[name][None])
         found[name] = everyone[first : first + size].sum(0)
     inside = slice((rank - first) * ROWS, (rank - first + 1) * ROWS)
     wanted = {k: v[inside] if k in ("output", "gradient") else v for k, v in expected.items()}
+    return "; ".join(_differences(found, wanted, dtype)) or None
+
+
+def large_batchnorm(
+    layout: str, device: torch.device, shape: tuple[int, int, int, int] = LARGE
+) -> str | None:
+    """Compares the first, middle and last channel of large bf16 tensors with torch in float64."""
+    generator = torch.Generator(device).manual_seed(distributed.rank())
+    x, grad = (
+        torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=LAYOUTS[layout][1])
+        for _ in range(2)
+    )
+    x.normal_(3, 1, generator=generator)
+    grad.normal_(generator=generator).add_(x)  # so that no sum is near zero
+    images, channels = shape[:2]
+    found = _run(_synced(_layer(torch.float32, 3, channels), 0, device), x, grad)
+    for name in LOCAL:
+        found[name] = distributed.all_gather(found[name][None]).sum(0)
+    mine = slice(distributed.rank() * images, (distributed.rank() + 1) * images)
+    wrong = []
+    for channel in (0, channels // 2, channels - 1):
+        one = slice(channel, channel + 1)
+        parts = [distributed.all_gather(part[:, one]).cpu().double() for part in (x, grad)]
+        expected = _run(_layer(torch.float64, 3, channels, one), *parts)
+        wanted = {k: v[mine] if v.dim() > 1 else v for k, v in expected.items()}
+        own = {k: v[:, one] if v.dim() > 1 else v[one] for k, v in found.items()}
+        wrong += [f"{w} in channel {channel}" for w in _differences(own, wanted, x.dtype)]
+    return "; ".join(wrong) or None
+
+
+def _layer(
+    dtype: torch.dtype, dims: int, channels: int = CHANNELS, of: slice = slice(None)
+) -> nn.Sequential:
+    weight, bias = torch.linspace(0.5, 2, channels)[of], torch.linspace(-1, 1, channels)[of]
+    norm = (nn.BatchNorm2d if dims == 3 else nn.BatchNorm1d)(len(weight), dtype=dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    return nn.Sequential(norm)
+
+
+def _synced(model: nn.Sequential, group_size: int, device: torch.device) -> nn.Sequential:
+    synced = convert_sync_batchnorm(model, group_size).to(device)
+    alone = distributed.world_size() == 1 and group_size == 0
+    if alone and isinstance(synced[0], GroupedSyncBatchNorm):
+        synced[0].group = dist.group.WORLD
+    return synced
+
+
+def _differences(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype
+) -> list[str]:
     worst = {name: float((found[name].cpu() - value).abs().max()) for name, value in wanted.items()}
-    wrong = [
+    return [
         f"{name} differs by {difference:.1e}"
         for name, difference in worst.items()
         if not difference <= TOLERANCE[dtype] * max(1.0, float(wanted[name].abs().max()))
     ]
-    return "; ".join(wrong) or None
-
-
-def _layer(dtype: torch.dtype, dims: int) -> nn.Sequential:
-    norm = (nn.BatchNorm2d if dims == 3 else nn.BatchNorm1d)(CHANNELS, dtype=dtype)
-    with torch.no_grad():
-        norm.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
-        norm.bias.copy_(torch.linspace(-1, 1, CHANNELS))
-    return nn.Sequential(norm)
 
 
 def _run(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -236,3 +248,38 @@ def timeouts(strategy: str, device: torch.device) -> str | None:
     ]
     wrong = sorted({minutes for minutes in found if minutes != MINUTES})
     return f"groups wait {wrong} minutes, not {MINUTES}" if wrong else None
+
+
+def record_of_collectives(device: torch.device) -> str | None:
+    """Asks torch's record for an all-reduce, which is noted as done some time after it."""
+    dist.all_reduce(torch.ones(7, 3, device=device))
+    deadline = time.monotonic() + 10
+    while not (words := flight_recorder.present()).startswith("in none"):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    right = words.startswith("in none, after all_reduce ") and words.endswith(" on [7,3]")
+    return None if right else f"it says {words!r} after an all-reduce of [7, 3]"
+
+
+def snapshot_of_full_memory(device: torch.device) -> str | None:
+    """Asks for more memory than there is, and looks for the snapshot of what was taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "snapshot.pickle"
+        snapshot = MemorySnapshot(path)
+        snapshot.attach()
+        try:
+            torch.empty(2**50, dtype=torch.uint8, device=device)
+        except RuntimeError:
+            return None if path.exists() else f"no snapshot was written{snapshot.sentence()}"
+    return "an allocation of 2**50 bytes did not fail"
+
+
+def too_little_memory(gib: float) -> str | None:
+    """Says that a rank's GPU has less free memory than a case needs; every rank calls this."""
+    free = 0.0
+    if torch.cuda.is_available():
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = (torch.cuda.mem_get_info()[0] + cached) / 2**30
+    least = min(distributed.gather_lists([free]))
+    return f"needs {gib:g} GiB of free GPU memory, not {least:.1f}" if least < gib else None

@@ -3,8 +3,9 @@
     make gpu-check
     python benchmarks/gpu_check.py [--cases CASE ...] [--minutes MINUTES]
 
-First come the cases of benchmarks/gpu_cases.py: BatchNorm of every layout and group, pinned memory,
-steps that must not count, timeouts; each group of them ends within five minutes.
+First come the cases of benchmarks/gpu_cases.py: BatchNorm of every layout, group and size, pinned
+memory, records of what went wrong, steps that must not count, timeouts; each group of them ends
+within five minutes.
 
 Cases and plain loop of the matrix are those of harness/parity.py: every strategy against plain
 torch on the same GPU; low precision is compared with the same loop in float32. One process per GPU,
@@ -42,11 +43,14 @@ from torch.multiprocessing.spawn import (  # noqa: E402
 )
 
 from benchmarks import record  # noqa: E402
-from benchmarks.gpu_cases import MINUTES  # noqa: E402
+from benchmarks.gpu_cases import MINUTES, too_little_memory  # noqa: E402
 from benchmarks.gpu_rows import EXTRAS, Row, Variant, figures, report  # noqa: E402
 from harness import parity  # noqa: E402
 from seer_scale import distributed  # noqa: E402
+from seer_scale.distributed.gpus import unused_gpus  # noqa: E402
 from seer_scale.errors import ConfigError  # noqa: E402
+from seer_scale.performance.cuda_allocator import let_segments_grow  # noqa: E402
+from seer_scale.performance.gpu_start import start_gpu  # noqa: E402
 from seer_scale.train.build_engine import check_run  # noqa: E402
 
 COMMAND = "make gpu-check"
@@ -84,12 +88,7 @@ def extra_variants() -> list[list[Variant]]:
 
 
 def check(
-    groups: list[list[Variant]],
-    ranks: int,
-    *,
-    device: str,
-    steps: int,
-    minutes: float = math.inf,
+    groups: list[list[Variant]], ranks: int, *, device: str, steps: int, minutes: float = math.inf
 ) -> list[Row]:
     """Runs each group of variants in processes of its own; prints the rows as they come."""
     rows: list[Row] = []
@@ -150,13 +149,7 @@ def launch(
 
 
 def work(
-    rank: int,
-    ranks: int,
-    port: int,
-    waiting: list[Variant],
-    device: str,
-    steps: int,
-    path: Path,
+    rank: int, ranks: int, port: int, waiting: list[Variant], device: str, steps: int, path: Path
 ) -> None:
     """Trains the variants one after the other on one rank; rank 0 compares and writes rows."""
     os.environ.update(
@@ -170,6 +163,9 @@ def work(
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise the process group would use nccl
         torch.set_num_threads(1)
+    let_segments_grow()  # as a training does
+    if warning := start_gpu():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     where = distributed.init(MINUTES)
@@ -207,7 +203,11 @@ def sections(variant: Variant) -> dict[str, dict[str, Any]]:
 
 def reason_to_skip(variant: Variant, *, cuda: bool) -> str | None:
     """Reason why a variant cannot run on this machine; None if it can."""
-    name = EXTRAS[variant.case].strategy if variant.case in EXTRAS else variant.case
+    name: str | None = variant.case
+    if extra := EXTRAS.get(variant.case):
+        if extra.gib and (why := too_little_memory(extra.gib)):
+            return why
+        name = extra.strategy
     if name is None:
         return None
     case, ranks = CASES[name], distributed.world_size()
@@ -269,9 +269,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=parity.STEPS)
     parser.add_argument("--minutes", type=float, default=BUDGET_MINUTES)
     options = parser.parse_args()
+    reason = unused_gpus()
     if not torch.cuda.is_available():
-        print("no CUDA GPU here, nothing was checked; on CPU the matrix is `make parity`")
-        return 0
+        here = reason or "no CUDA GPU here"
+        print(f"{here}, nothing was checked; on CPU the matrix is `make parity`")
+        return 1 if reason else 0
     ranks = usable_ranks(torch.cuda.device_count())
     print(f"{record.in_words(record.environment())}\n{ranks} ranks, nccl", flush=True)
     groups = extra_variants() + variants(options.cases)

@@ -1,12 +1,59 @@
-"""Rows of `make gpu-check`: what was run, its result, one line each, and the table of all."""
+"""Rows of `make gpu-check`: what there is to run, its result, one line each, the table of all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from benchmarks import record
-from benchmarks.gpu_cases import extras
+import torch
+
+from benchmarks import gpu_cases, record
+from harness import parity
+
+# Offload to NVMe decides tensor by tensor.
+SKIPPING = [name for name in parity.CASES | parity.GPU_CASES if "nvme" not in name]
+
+
+class Extra(NamedTuple):
+    """A case.
+
+    Attributes:
+        run: takes this rank's device; returns what is wrong, or None.
+        strategy: case of the parity matrix whose strategy it needs; None for no strategy.
+        gib: free memory of a GPU that it needs; 0 if a CPU can run it.
+    """
+
+    run: Callable[[torch.device], str | None]
+    strategy: str | None = None
+    gib: float = 0.0
+
+
+def extras() -> dict[str, Extra]:
+    """Lists the cases by name, in the order of running; those of one strategy are neighbours."""
+    return {name: Extra(*rest) for name, *rest in _extras()}
+
+
+def _extras() -> Iterator[tuple[Any, ...]]:
+    for layout in gpu_cases.LAYOUTS:
+        case = partial(gpu_cases.batchnorm, layout)
+        for size, words in ((0, "all ranks"), (2, "groups of 2"), (1, "one rank")):
+            yield f"syncbn {layout}, {words}", partial(case, size)
+        yield f"syncbn {layout}, all ranks, summed", partial(case, 0, summed=True)
+        yield f"syncbn {layout}, all ranks, bf16", partial(case, 0, dtype=torch.bfloat16)
+    yield "pinned images", gpu_cases.pinned_images
+    yield "record of collectives", gpu_cases.record_of_collectives
+    for layout in ("contiguous", "channels_last"):
+        large = partial(gpu_cases.large_batchnorm, layout)
+        yield f"syncbn {layout}, 2**31 elements, bf16", large, None, gpu_cases.LARGE_GIB
+    yield "snapshot of full memory", gpu_cases.snapshot_of_full_memory, None, 1.0
+    yield "momentum on the host", gpu_cases.momentum_on_host, "ddp"
+    for strategy in SKIPPING:
+        for kind in gpu_cases.KINDS:
+            yield f"skip {strategy}, {kind}", partial(gpu_cases.skip, strategy, kind), strategy
+        yield f"timeouts {strategy}", partial(gpu_cases.timeouts, strategy), strategy
+
 
 EXTRAS = extras()
 
