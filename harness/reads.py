@@ -29,6 +29,8 @@ from seer_scale.checkpoint.reader import verify_together
 from seer_scale.checkpoint.staging import Staging, stage
 from seer_scale.config.ds_config import ds_config_of
 from seer_scale.objectives import Objective
+from seer_scale.optim.groups import MOST_JOINED, join, parameter_groups
+from seer_scale.optim.parts import parts_of
 from seer_scale.parallel.engine import Engine
 from seer_scale.storage.tensor_file import Kind, Stamp, lay_out, stamp
 from seer_scale.train import build
@@ -113,6 +115,20 @@ def cut(shape: Sequence[int], strategy: str, ranks: int, rank: int) -> tuple[int
     return low, high - low
 
 
+def cut_joined(
+    groups: Sequence[dict[str, Any]], ranks: int, rank: int
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name, offset and length of a rank's slices under ZeRO 1 and 2, which cut joined tensors.
+
+    DeepSpeed fills a group up, so that every rank has the same even number of elements.
+    """
+    for group in groups:
+        numel = sum(parameter.numel() for parameter in group["params"])
+        held = torch.empty(2 * -(-numel // (2 * ranks)), device=META)
+        for part in parts_of(group, held, rank, ranks):
+            yield part.tensor["name"], (part.offset, part.length)
+
+
 def write_sparse(folder: Path, model: nn.Module, strategy: str, ranks: int) -> None:
     """Writes what a save of so many ranks leaves behind, with holes for numbers, without a trunk.
 
@@ -121,17 +137,20 @@ def write_sparse(folder: Path, model: nn.Module, strategy: str, ranks: int) -> N
     Args:
         folder: of the checkpoint; its name gives the step 7.
         model: on meta.
-        strategy: ddp, fsdp or zero.
+        strategy: ddp, fsdp, zero (stage 3) or zero_joined (stages 1 and 2).
         ranks: number of ranks that saved.
     """
     folder.mkdir(parents=True)
+    alone = parameter_groups(model, unit_rows=frozenset())
+    joined = join(alone, most=MOST_JOINED, cut_first=False)
     files: dict[str, Stamp] = {}
     reports = []
     for rank in range(ranks):
         placement: dict[str, Any] = {}
         kinds: dict[str, Kind] = dict(LOCAL)
+        slices = dict(cut_joined(joined, ranks, rank)) if strategy == "zero_joined" else {}
         for name, parameter in model.named_parameters():
-            offset, length = cut(parameter.shape, strategy, ranks, rank)
+            offset, length = slices.get(name) or cut(parameter.shape, strategy, ranks, rank)
             if length:
                 kinds |= {p + name: Kind(torch.float32, (length,)) for p in (WEIGHT, MOMENTUM)}
                 placement[name] = {"shape": list(parameter.shape), "offset": offset}
