@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -16,8 +17,14 @@ from seer_scale import distributed
 from seer_scale.config.recipe import parse
 from seer_scale.distributed.ports import free_port
 from seer_scale.parallel.convert_batchnorm import _groups
+from tests.parallel.test_fairscale import one_stream
+from tests.train.runs import ZERO
 
 MINUTES = 77.0  # no default of torch or DeepSpeed
+# The world and a BatchNorm group of two; beside them those of hsdp's mesh, of FairScale, and one of
+# DeepSpeed.
+LEAST = {"ddp": 2, "fsdp": 2, "hsdp": 4, "fairscale": 4}
+WAYS = {**STRATEGIES, **ZERO, "fairscale": ("sharding.strategy=fairscale",)}
 
 
 def timeouts(port: int, strategies: list[str]) -> dict[str, list[float]]:
@@ -28,10 +35,12 @@ def timeouts(port: int, strategies: list[str]) -> dict[str, list[float]]:
     for number, name in enumerate(strategies):
         dist.destroy_process_group()
         _groups.cache_clear()  # of the world that is gone
-        os.environ.update(MASTER_PORT=str(port + number), LOCAL_WORLD_SIZE="4")
+        os.environ["MASTER_PORT"] = str(port + number)
         distributed.init(MINUTES)
-        more = ("sharding.sync_bn_group_size=2", *STRATEGIES[name])
-        build_engine(parse(arguments("unused", "unused", *more), recipes=RECIPES, ranks=1).config)
+        more = ("sharding.sync_bn_group_size=2", *WAYS[name])
+        config = parse(arguments("unused", "unused", *more), recipes=RECIPES, ranks=1).config
+        with one_stream() if name == "fairscale" else nullcontext():
+            build_engine(config)
         found[name] = []
         for group in distributed_c10d._world.pg_map:
             options = group._get_backend(torch.device("cpu")).options
@@ -44,19 +53,20 @@ def timeouts(port: int, strategies: list[str]) -> dict[str, list[float]]:
     "strategies",
     [
         ["ddp", "fsdp", "hsdp"],
-        # DeepSpeed does not take a second world in one process.
-        *[pytest.param([f"zero{stage}"], marks=pytest.mark.long) for stage in range(4)],
+        # DeepSpeed and FairScale do not take a second world in one process.
+        *[[name] for name in (*ZERO, "fairscale")],
     ],
     ids="+".join,
 )
 def test_every_group_of_a_run_has_the_timeout_of_the_run(strategies: list[str]) -> None:
-    pool = Pool(4)
+    if "fairscale" in strategies:
+        pytest.importorskip("fairscale")
+    pool = Pool(4 if "hsdp" in strategies else 2)
     try:
         ranks = pool.run(timeouts, free_port(), strategies)
     finally:
         pool.close()
     for found in ranks:
         for name, minutes in found.items():
-            # The world, a BatchNorm group of two; hsdp's mesh has two more.
-            assert len(minutes) >= (4 if name == "hsdp" else 2), name
+            assert len(minutes) >= LEAST.get(name, 3), name
             assert set(minutes) == {MINUTES}, name
