@@ -141,14 +141,16 @@ def write_sparse(folder: Path, model: nn.Module, strategy: str, ranks: int) -> N
         ranks: number of ranks that saved.
     """
     folder.mkdir(parents=True)
-    alone = parameter_groups(model, unit_rows=frozenset())
-    joined = join(alone, most=MOST_JOINED, cut_first=False)
+    joined = []
+    if strategy == "zero_joined":
+        alone = parameter_groups(model, unit_rows=frozenset())
+        joined = join(alone, most=MOST_JOINED, cut_first=False)
     files: dict[str, Stamp] = {}
     reports = []
     for rank in range(ranks):
         placement: dict[str, Any] = {}
         kinds: dict[str, Kind] = dict(LOCAL)
-        slices = dict(cut_joined(joined, ranks, rank)) if strategy == "zero_joined" else {}
+        slices = dict(cut_joined(joined, ranks, rank))
         for name, parameter in model.named_parameters():
             offset, length = slices.get(name) or cut(parameter.shape, strategy, ranks, rank)
             if length:

@@ -1,7 +1,7 @@
 """A trunk that is never whole in a process: each layer is read right before its forward pass.
 
 All ranks of a node read one file, which the system keeps in memory once, as its cache. A rank holds
-one layer. A trunk of ten billion parameters takes 36 GiB, which no GPU has left beside a training.
+one layer. A trunk of ten billion parameters takes 35 GiB, which no GPU has left beside a training.
 """
 
 from __future__ import annotations
